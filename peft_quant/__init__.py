@@ -1,0 +1,27 @@
+"""Fine-tuning of large language models whose weights stay quantized, as a plugin of PEFT.
+
+Importing this package registers its methods with PEFT; use them through `get_peft_model` and `PeftModel`.
+"""
+
+from .compat import require_supported_peft
+
+
+require_supported_peft()
+
+from .gptq import InvalidCheckpointError, RepackedLayerError  # noqa: E402
+from .tuners.hotswap import hotswap_adapter  # noqa: E402
+from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
+from .tuners.proof import TrainingError  # noqa: E402
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InvalidCheckpointError",
+    "PEQAConfig",
+    "PEQAModel",
+    "RepackedLayerError",
+    "TrainingError",
+    "hotswap_adapter",
+    "merge_checkpoint",
+]

@@ -1,0 +1,79 @@
+"""Invariants of packed tensors. Checkpoints are untrusted input: nothing is decoded before these hold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..ops.packing import SUPPORTED_BITS, WORD_BITS
+
+
+class PackedTensors(NamedTuple):
+    """The tensors of a GPTQ layer: `K` in-features, `N` out-features, `G` groups."""
+
+    qweight: torch.Tensor
+    """int32 `[K * bits / 32, N]`"""
+    qzeros: torch.Tensor
+    """int32 `[G, N * bits / 32]`"""
+    scales: torch.Tensor
+    """floating point `[G, N]`, finite and positive"""
+    g_idx: torch.Tensor
+    """int32 `[K]`, with every value of `0 .. G - 1`"""
+
+
+class InvalidCheckpointError(ValueError):
+    """Packed tensors that are not a valid GPTQ layer."""
+
+
+def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
+    """Check one layer's tensors against each other and return its bit width, which their shapes determine.
+
+    Args:
+        name: what to call the layer in an error.
+        tensors: the layer's tensors.
+
+    Raises:
+        InvalidCheckpointError: naming the tensor, its value and the rule it breaks.
+    """
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise InvalidCheckpointError(
+                f"{name} is not a valid GPTQ layer: {message}. The checkpoint is damaged or was written by a kernel "
+                "in its own layout; download it again or quantize the model again."
+            )
+
+    for tensor_name, tensor, dimensions in zip(tensors._fields, tensors, (2, 2, 2, 1)):
+        shape = tuple(tensor.shape)
+        require(tensor.ndim == dimensions, f"{tensor_name} has shape {shape}, not {dimensions} dimensions")
+    qweight, qzeros, scales, g_idx = tensors
+    for tensor_name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
+        require(tensor.dtype == torch.int32, f"{tensor_name} has dtype {tensor.dtype}, only int32 words are supported")
+    require(scales.is_floating_point(), f"scales have dtype {scales.dtype}, not a floating point one")
+    require(g_idx.dtype in (torch.int32, torch.int64), f"g_idx has dtype {g_idx.dtype}, not int32")
+
+    rows, (words, columns), groups = g_idx.numel(), qweight.shape, scales.shape[0]
+    bits = words * WORD_BITS // rows if rows else 0
+    require(
+        bits in SUPPORTED_BITS and words * WORD_BITS == rows * bits,
+        f"qweight has {words} rows of 32-bit words for the {rows} in-features of g_idx, which is not 2, 3, 4 or 8 "
+        "bits a weight",
+    )
+    require(scales.shape[1] == columns, f"scales have shape {tuple(scales.shape)}, expected {columns} columns")
+    require(
+        qzeros.shape == (groups, columns * bits // WORD_BITS) and columns * bits % WORD_BITS == 0,
+        f"qzeros have shape {tuple(qzeros.shape)}, expected {(groups, columns * bits / WORD_BITS)} for {groups} "
+        f"groups of {columns} zero points in {bits} bits",
+    )
+    if scales.device.type == "meta":
+        return bits
+    low, high = int(g_idx.min()), int(g_idx.max())
+    require(low >= 0 and high < groups, f"g_idx ranges over {low}..{high}, but there are {groups} groups")
+    used = int(torch.bincount(g_idx.long(), minlength=groups).count_nonzero())
+    require(used == groups, f"g_idx uses {used} of the {groups} groups")
+    finite = int(torch.isfinite(scales).sum())
+    require(finite == scales.numel(), f"{scales.numel() - finite} of {scales.numel()} scales are NaN or infinite")
+    lowest = float(scales.min())
+    require(lowest > 0, f"the smallest scale is {lowest:g}, scales must be positive")
+    return bits

@@ -1,0 +1,156 @@
+"""GPTQ checkpoints as files: reading tensors by name, and copying a checkpoint with some tensors replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .check import InvalidCheckpointError
+
+
+_HEADER_LENGTH_BYTES = 8
+
+Replacement = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with `config.json` and `*.safetensors` shards.
+
+    Attributes:
+        directory: where it lies.
+        config: the parsed `config.json`.
+        shards: the file that holds each tensor, by tensor name.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    shards: dict[str, Path]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
+        """Open a checkpoint after checking that every shard is whole.
+
+        Raises:
+            FileNotFoundError: no `config.json` or no `*.safetensors` file.
+            InvalidCheckpointError: a shard is truncated or not a safetensors file.
+        """
+        directory = Path(directory)
+        config_file = directory / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"{directory} has no config.json: pass the directory of a GPTQ checkpoint.")
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"{directory} has no *.safetensors file. Checkpoints in pickle format (*.bin, *.pt) are not read: "
+                "load the model with transformers and save it with `save_pretrained` first."
+            )
+        shards = {name: file for file in files for name in _read_header(file)[0]}
+        return cls(directory, json.loads(config_file.read_text(encoding="utf-8")), shards)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: the checkpoint has no tensor of that name.
+        """
+        if name not in self.shards:
+            raise KeyError(f"{self.directory} has no tensor named {name!r}.")
+        with safe_open(self.shards[name], framework="pt") as shard:
+            return shard.get_tensor(name)
+
+    def copy_with(self, target: Path, names: set[str], replacement: Replacement) -> None:
+        """Copy the checkpoint to an existing, empty directory, with some tensors replaced and all else byte-equal.
+
+        Args:
+            names: the tensors to replace.
+            replacement: gives the new tensor for a name and its old tensor, of the same shape and dtype.
+
+        Raises:
+            ValueError: a replacement has another shape or dtype than the tensor in the file.
+        """
+        for entry in sorted(self.directory.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, target / entry.name)
+                continue
+            shutil.copyfile(entry, target / entry.name)
+            if entry.suffix == ".safetensors":
+                _replace_tensors(target / entry.name, names, replacement)
+
+
+def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Tensor entries of a safetensors file and where its data begins (format: length, JSON header, data)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
+        data_start = _HEADER_LENGTH_BYTES + length
+        try:
+            header = json.loads(stream.read(length)) if data_start <= size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).")
+    header.pop("__metadata__", None)
+    expected = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise InvalidCheckpointError(
+            f"{file} is truncated or damaged: it has {size} bytes, its header describes {expected}. Download it again."
+        )
+    return header, data_start
+
+
+def _replace_tensors(file: Path, names: set[str], replacement: Replacement) -> None:
+    header, data_start = _read_header(file)
+    for name in sorted(names & header.keys(), key=lambda name: header[name]["data_offsets"]):
+        with safe_open(file, framework="pt") as shard:
+            old = shard.get_tensor(name).clone()
+        new = replacement(name, old).detach().cpu().contiguous()
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"{name} is {old.dtype} of shape {tuple(old.shape)} in {file.name}, its replacement is {new.dtype} of "
+                f"shape {tuple(new.shape)}."
+            )
+        with file.open("r+b") as stream:
+            stream.seek(data_start + header[name]["data_offsets"][0])
+            stream.write(new.view(torch.uint8).numpy().tobytes())
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a directory that appears under its name only once it is complete.
+
+    Yields a temporary directory beside `path`, renamed to it at the end and removed if an error is raised.
+
+    Raises:
+        FileExistsError: `path` exists already.
+    """
+    target = Path(path)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose another directory or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

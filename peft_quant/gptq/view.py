@@ -1,0 +1,222 @@
+"""One view over any GPTQ linear layer: what its tensors mean, read by attribute and never by class name.
+
+Works for the trainable layers of gptqmodel, those of auto-gptq 0.7.1 and any module with `qweight`, `qzeros`, `scales`
+and `g_idx`. The layer's own forward is never called: depending on the kernel it keeps dense weights for backward,
+compiles itself, repacks its weights or stops gradients. Its `sym` and `desc_act` are not read either: layers loaded
+through optimum carry them swapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops.packing import unpack_zeros
+from .check import InvalidCheckpointError, PackedTensors, check_packed_tensors
+
+
+# QUANT_TYPE of auto-gptq's layers that repack on initialization; gptqmodel's say SUPPORTS_TRAINING = False
+_REPACKING_AUTO_GPTQ = ("exllama", "exllamav2", "marlin", "qigen")
+
+_LOAD_WITH_TORCH_KERNEL = (
+    'Load the model with `quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`, which keeps the packed '
+    "tensors as they are in the checkpoint at every bit width and on every device."
+)
+
+
+class RepackedLayerError(TypeError):
+    """A GPTQ layer whose kernel changed its packed tensors, so that they can no longer be read or trained."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How a layer's packed tensors are to be read.
+
+    Attributes:
+        bits: bits of one code: 2, 3, 4 or 8.
+        in_features: `K`.
+        out_features: `N`.
+        group_size: rows that share a scale; `K` if all do (`group_size=-1` in a GPTQ config). The last group may be
+            shorter.
+        zero_offset: what the zero points in memory are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
+        act_order: whether rows belong to groups in an order of their own (`desc_act`), given by `g_idx`.
+        zero_point: the layer's zero point if it has only one, else None; `2 ** (bits - 1)` in symmetric quantization.
+        scale_dtype: dtype of the scales in the checkpoint.
+    """
+
+    bits: int
+    in_features: int
+    out_features: int
+    group_size: int
+    zero_offset: int
+    act_order: bool
+    zero_point: int | None
+    scale_dtype: torch.dtype
+
+    @property
+    def groups(self) -> int:
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point == 1 << (self.bits - 1)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module holds GPTQ-packed weights, or held them before its kernel repacked them."""
+    return _has_packed_tensors(module) or "gptq" in (getattr(module, "SUPPORTS_METHODS", None) or ())
+
+
+def _has_packed_tensors(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in PackedTensors._fields)
+
+
+def packed_tensors(layer: nn.Module) -> PackedTensors:
+    """The packed tensors of a layer, as they are in memory."""
+    return PackedTensors(*(getattr(layer, name) for name in PackedTensors._fields))
+
+
+def _quant_type(module: nn.Module) -> str | None:
+    quant_type = getattr(module, "QUANT_TYPE", None)
+    return quant_type if isinstance(quant_type, str) else None
+
+
+def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
+    """Read how a GPTQ layer is packed, after checking that its tensors can be trusted.
+
+    Args:
+        layer: a module for which [`is_packed`] holds.
+        name: what to call the layer in an error; its class by default.
+
+    Raises:
+        RepackedLayerError: the layer's kernel holds the weights in a layout of its own.
+        InvalidCheckpointError: the tensors contradict each other or the layer, or hold values out of range.
+    """
+    kind = type(layer).__name__
+    name = f"{name} ({kind})" if name else kind
+    _refuse_repacked(layer, name)
+    tensors = packed_tensors(layer)
+    qweight, qzeros, scales, g_idx = tensors
+    bits = check_packed_tensors(name, tensors)
+    _check_stated_shape(layer, name, bits, g_idx.numel(), qweight.shape[1])
+    offset = zero_offset(layer, name)
+    on_meta = qweight.is_meta
+    group_size, act_order = (_stated_group_size(layer, g_idx), False) if on_meta else _grouping(g_idx, scales.shape[0])
+    return PackedFormat(
+        bits=bits,
+        in_features=g_idx.numel(),
+        out_features=qweight.shape[1],
+        group_size=group_size,
+        zero_offset=offset,
+        act_order=act_order,
+        zero_point=None if on_meta else _only_value(unpack_zeros(qzeros, bits, offset)),
+        scale_dtype=scales.dtype,
+    )
+
+
+def _refuse_repacked(layer: nn.Module, name: str) -> None:
+    quant_type = _quant_type(layer)
+    if getattr(layer, "SUPPORTS_TRAINING", None) is False or quant_type in _REPACKING_AUTO_GPTQ:
+        reason = f"its kernel ({quant_type}) keeps the weights in a layout of its own"
+    elif getattr(layer, "linear_mode", None) == "inference":
+        reason = "its kernel repacked the weights for inference when the model was first evaluated"
+    elif getattr(layer, "planar", False):
+        reason = "it uses the planar gptq_p layout, not GPTQ's"
+    elif not _has_packed_tensors(layer):
+        reason = f"its kernel ({quant_type}) removed the packed tensors"
+    else:
+        return
+    raise RepackedLayerError(f"{name} cannot be trained: {reason}. {_LOAD_WITH_TORCH_KERNEL}")
+
+
+def _check_stated_shape(layer: nn.Module, name: str, bits: int, in_features: int, out_features: int) -> None:
+    for attributes, actual in (
+        (("bits",), bits),
+        (("in_features", "infeatures"), in_features),
+        (("out_features", "outfeatures"), out_features),
+    ):
+        for attribute in attributes:
+            stated = getattr(layer, attribute, None)
+            if isinstance(stated, int) and stated != actual:
+                raise InvalidCheckpointError(
+                    f"{name} says {attribute}={stated}, but its packed tensors hold {actual}. Check `bits` and "
+                    "`group_size` of the quantization config against the checkpoint."
+                )
+
+
+def zero_offset(layer: nn.Module, name: str) -> int:
+    """1 if the zero points in memory are stored minus one (v1), 0 if as they are (v2).
+
+    gptqmodel's layers are asked what their kernel computes with, not `qzero_format()`: that still says 1 (v1) for
+    layers loaded from a v2 checkpoint.
+    """
+    requires_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
+    if requires_v2 is not None:
+        return int(not requires_v2)
+    checkpoint_format = getattr(layer, "checkpoint_format", None)
+    if checkpoint_format in ("gptq", "gptq_v2"):
+        return int(checkpoint_format == "gptq")
+    if _quant_type(layer) is not None and hasattr(layer, "infeatures"):  # auto-gptq knows v1 only
+        return 1
+    raise InvalidCheckpointError(
+        f"{name} does not say how its zero points are stored. Set `checkpoint_format` on it to 'gptq' (zero points "
+        "stored minus one, as auto-gptq writes them) or to 'gptq_v2' (stored as they are)."
+    )
+
+
+def _grouping(g_idx: torch.Tensor, groups: int) -> tuple[int, bool]:
+    """Group size and whether `g_idx` departs from `k // group_size`."""
+    rows = g_idx.numel()
+    group_size = rows if groups == 1 else int((g_idx == 0).sum())
+    in_order = torch.arange(rows, device=g_idx.device) // group_size
+    return group_size, not torch.equal(g_idx.long(), in_order)
+
+
+def _only_value(zeros: torch.Tensor) -> int | None:
+    low, high = torch.aminmax(zeros)
+    return int(low) if low == high else None
+
+
+def _stated_group_size(layer: nn.Module, g_idx: torch.Tensor) -> int:
+    stated = getattr(layer, "group_size", -1)
+    return stated if stated > 0 else g_idx.numel()
+
+
+def linear(
+    layer: nn.Module, packed: PackedFormat, x: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x @ W + bias` from the layer's packed tensors; nothing dense is kept for backward.
+
+    Args:
+        layer: the GPTQ layer.
+        packed: its format, from [`read_format`].
+        x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
+        scales: `[G, N]` to use in place of the layer's own; the only tensor beside `x` that receives a gradient.
+
+    Returns:
+        `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tensors = packed_tensors(layer)
+    scales = tensors.scales if scales is None else scales
+    y = ops.linear(x, tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed))
+    bias = getattr(layer, "bias", None)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def dequantize(
+    layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The layer's weight, dense `[N, K]` as `nn.Linear` holds it."""
+    tensors = packed_tensors(layer)
+    scales = tensors.scales if scales is None else scales
+    return ops.dequantize(tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed), dtype).t()
+
+
+def _layout(tensors: PackedTensors, packed: PackedFormat) -> tuple[torch.Tensor | None, int, int, int]:
+    g_idx = tensors.g_idx.to(tensors.qweight.device) if packed.act_order else None
+    return g_idx, packed.bits, packed.group_size, packed.zero_offset

@@ -1,0 +1,74 @@
+"""Zero points in the format the checkpoint declares, whatever a kernel keeps in memory.
+
+gptqmodel's trainable kernels convert `gptq` (v1) zero points to v2 when a model is loaded, but the model's config goes
+on saying `gptq`, so that `save_pretrained` of such a model writes a checkpoint whose zero points are off by one. The
+hooks here translate at the border: `state_dict()` gives, and `load_state_dict()` takes, what the config declares.
+Nothing in memory changes, so training can go on after a save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.packing import WORD_BITS, convert_zeros
+from .view import is_packed, packed_tensors, zero_offset
+
+
+def checkpoint_format(model: nn.Module) -> str | None:
+    """`"gptq"` (v1) or `"gptq_v2"`, as the quantization config of a model declares; None without a GPTQ config."""
+    return declared_format(getattr(getattr(model, "config", None), "quantization_config", None))
+
+
+def declared_format(quantization_config: Any) -> str | None:
+    """As [`checkpoint_format`], from a quantization config (object or dict)."""
+    if quantization_config is None:
+        return None
+    if not isinstance(quantization_config, dict):
+        quantization_config = quantization_config.to_dict()
+    if quantization_config.get("quant_method") != "gptq":
+        return None
+    return quantization_config.get("checkpoint_format") or quantization_config.get("format") or "gptq"
+
+
+def stored_zero_offset(declared: str) -> int:
+    """What zero points are stored short of in a checkpoint format."""
+    return 0 if declared == "gptq_v2" else 1
+
+
+def keep_checkpoint_format(model: nn.Module) -> None:
+    """Make a GPTQ model's state dict follow the checkpoint format of its config. Idempotent; needs a GPTQ config."""
+    if checkpoint_format(model) is None:
+        return
+    if any(hook is _to_checkpoint for hook in model._state_dict_hooks.values()):
+        return
+    model.register_state_dict_post_hook(_to_checkpoint)
+    model.register_load_state_dict_pre_hook(_from_checkpoint)
+
+
+def _to_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
+    for key, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
+        state_dict[key] = convert_zeros(state_dict[key], bits, in_memory, declared)
+
+
+def _from_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    for key, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
+        state_dict[key] = convert_zeros(state_dict[key], bits, declared, in_memory)
+
+
+def _packed_zeros(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str
+) -> Iterator[tuple[str, int, int, int]]:
+    """The state dict's key, the bits and the zero offsets (in memory, declared) of every packed layer of a model."""
+    declared = checkpoint_format(model)
+    if declared is None:
+        return
+    for name, layer in model.named_modules():
+        key = f"{prefix}{name}.qzeros"
+        if key in state_dict and is_packed(layer):
+            tensors = packed_tensors(layer)
+            bits = tensors.qweight.shape[0] * WORD_BITS // tensors.g_idx.numel()
+            yield key, bits, zero_offset(layer, name), stored_zero_offset(declared)

@@ -1,0 +1,116 @@
+"""The packed operators as PyTorch knows them: schemas, shape functions, dispatch and gradients.
+
+Symbols: `M` tokens (any number of leading dimensions), `K` in-features, `N` out-features, `G` groups, `b` bits.
+
+| argument | shape, dtype | meaning |
+|---|---|---|
+| `x`, `dy` | `[..., K]`, `[..., N]`, floating point | activations, gradient of the output |
+| `qweight` | `[K * b / 32, N]` int32 | packed codes |
+| `qzeros` | `[G, N * b / 32]` int32 | packed zero points |
+| `scales` | `[G, N]` floating point | scales; the product is formed with their fp32 value |
+| `g_idx` | `[K]` int32, or None | group of every row (act-order); None when row `k` is in group `k // group_size` |
+| `zero_offset` | 0 or 1 | 0: `gptq_v2` zero points, 1: `gptq` (v1) ones, stored minus one |
+
+`peft_quant::linear` is differentiable in `x` and `scales`. It saves the packed tensors, and `x` only if a scale
+gradient is wanted; the weight is decoded again in backward. With one group (`group_size=-1` in GPTQ's terms) it saves
+its output in place of `x`, because `dscales[n] = sum_m dy[m, n] * y[m, n] / scales[n]` then needs no product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import eager
+
+
+_PACKED = "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int group_size, int zero_offset"
+
+_SCHEMAS = {
+    "dequantize": f"({_PACKED}, ScalarType dtype) -> Tensor",
+    "linear": f"(Tensor x, {_PACKED}) -> Tensor",
+    "linear_grad_x": f"(Tensor dy, {_PACKED}) -> Tensor",
+    "linear_grad_scales": f"(Tensor x, Tensor dy, {_PACKED.replace('Tensor scales, ', '')}) -> Tensor",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"peft_quant::{_name}", _schema)
+    torch.library.impl(f"peft_quant::{_name}", "default", getattr(eager, _name))
+
+
+@torch.library.register_fake("peft_quant::dequantize")
+def _(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype):
+    return qweight.new_empty(qweight.shape[0] * 32 // bits, qweight.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("peft_quant::linear")
+def _(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset):
+    return x.new_empty(*x.shape[:-1], qweight.shape[1])
+
+
+@torch.library.register_fake("peft_quant::linear_grad_x")
+def _(dy, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset):
+    return dy.new_empty(*dy.shape[:-1], qweight.shape[0] * 32 // bits)
+
+
+@torch.library.register_fake("peft_quant::linear_grad_scales")
+def _(x, dy, qweight, qzeros, g_idx, bits, group_size, zero_offset):
+    return x.new_empty(qzeros.shape[0], qweight.shape[1], dtype=torch.float32)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, qweight, qzeros, scales, g_idx, ctx.bits, ctx.group_size, ctx.zero_offset = inputs
+    ctx.one_group = scales.shape[0] == 1
+    saved = None
+    if ctx.needs_input_grad[3]:
+        saved = output if ctx.one_group else x
+    ctx.save_for_backward(saved, qweight, qzeros, scales, g_idx)
+
+
+def _backward(ctx, dy):
+    saved, qweight, qzeros, scales, g_idx = ctx.saved_tensors
+    layout = (g_idx, ctx.bits, ctx.group_size, ctx.zero_offset)
+    grad_x = grad_scales = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.peft_quant.linear_grad_x(dy, qweight, qzeros, scales, *layout)
+    if ctx.needs_input_grad[3]:
+        if ctx.one_group:
+            products = (dy.float() * saved.float()).reshape(-1, dy.shape[-1])
+            grad_scales = (products.sum(0, keepdim=True) / scales).to(scales.dtype)
+        else:
+            grad_scales = torch.ops.peft_quant.linear_grad_scales(saved, dy, qweight, qzeros, *layout)
+            grad_scales = grad_scales.to(scales.dtype)
+    return grad_x, None, None, grad_scales, None, None, None, None
+
+
+torch.library.register_autograd("peft_quant::linear", _backward, setup_context=_save_for_backward)
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`W[k, n] = scales[g(k), n] * (q[k, n] - z[g(k), n])`, dense `[K, N]` in `dtype` (GPTQ). Not differentiable."""
+    return torch.ops.peft_quant.dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    """`y = x @ W` with `W` packed: `[..., K]` -> `[..., N]` in the dtype of `x`; differentiable in `x` and `scales`.
+
+    The gradient of `scales` has their dtype: pass them in fp32 where they train.
+    """
+    return torch.ops.peft_quant.linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)

@@ -1,0 +1,67 @@
+"""Hot-swapping of adapters: new values in place of old ones, without new modules and without recompilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.utils.hotswap
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.other import infer_device
+from peft.utils.save_and_load import load_peft_weights
+
+from .peqa.config import PEQAConfig
+from .peqa.layer import PEQALayer, check_finite
+
+
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str,
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replace the values of a loaded adapter by those of another one, in place.
+
+    PEFT's function of the same name, which knows LoRA only, extended to PEQA; other adapters are handed to PEFT's.
+
+    Args:
+        model: the model with the loaded adapter; may be compiled.
+        model_name_or_path: directory or Hub id of the new adapter.
+        adapter_name: name of the adapter to overwrite; it stays.
+        torch_device: device to load the new weights on.
+        **kwargs: Hub options such as `revision`, `subfolder` and `token`.
+
+    Raises:
+        ValueError: the adapters differ in base model, targets or options, or the new one holds NaN. The model is left
+            as it was.
+    """
+    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    if not isinstance(new, PEQAConfig):
+        peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
+        return
+    old = model.peft_config[adapter_name]
+    for option in ("peft_type", "serving_dtype", "base_quantization"):
+        if getattr(old, option, None) != getattr(new, option):
+            raise ValueError(
+                f"{model_name_or_path} cannot replace adapter {adapter_name!r}: {option} is {getattr(new, option)!r}, "
+                f"the loaded adapter has {getattr(old, option, None)!r}."
+            )
+    layers = {
+        name.removeprefix("_orig_mod."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, PEQALayer) and adapter_name in layer.peqa_scales
+    }
+    weights = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
+    expected = {f"{name}.peqa_scales" for name in layers}
+    if weights.keys() != expected:
+        difference = sorted(weights.keys() ^ expected)
+        raise ValueError(
+            f"{model_name_or_path} cannot replace adapter {adapter_name!r}: they differ in {len(difference)} tensors, "
+            f"first {difference[0]}. Load it with `load_adapter` instead."
+        )
+    for key, weight in weights.items():
+        check_finite(f"{model_name_or_path}: {key}", weight)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.peqa_scales[adapter_name].copy_(weights[f"{name}.peqa_scales"])

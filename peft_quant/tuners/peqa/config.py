@@ -1,0 +1,90 @@
+"""Configuration of PEQA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class PEQAConfig(PeftConfig):
+    """Configuration of a [`PEQAModel`], which fine-tunes the quantization scales of a GPTQ model (PEQA, Kim et al.,
+    2023, arXiv 2305.14152).
+
+    Args:
+        target_modules (`list[str]` or `str`, *optional*):
+            The GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
+            `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            The layers to leave out, written as for `target_modules`.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the transformer blocks to adapt. Not with a regular expression in `target_modules`.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of transformer blocks, if it is not a common one. Needs `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train whole and save with the adapter, for instance a classification head.
+        serving_dtype (`str`, *optional*):
+            `"bfloat16"` if the merged model will be served in bf16: training then sees scales rounded to bf16 as well,
+            so that serving changes nothing. By default training sees the scales as the checkpoint stores them (fp16).
+        init_weights (`bool`):
+            Start from zero deltas, which leave the model as it is. `False` draws random ones, which is for tests only.
+        base_quantization (`dict`, *optional*):
+            Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+
+    Raises:
+        ValueError: for values that contradict each other or are not among those named above.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "GPTQ layers to adapt: names, endings, a regular expression or 'all-linear' (default)."},
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out: names, name endings or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer blocks to adapt; all by default."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of transformer blocks, if it is not a common one."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train whole and save with the adapter."}
+    )
+    serving_dtype: str | None = field(
+        default=None, metadata={"help": "'bfloat16' if the merged model will be served in bf16."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start from zero deltas; False draws random ones (for tests)."}
+    )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PEQA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`, which is None.")
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` does not go with the regular expression {self.target_modules!r} in "
+                "`target_modules`: put the indices into the expression."
+            )
+        if self.serving_dtype not in (None, "bfloat16"):
+            raise ValueError(
+                f"serving_dtype={self.serving_dtype!r}: use 'bfloat16', or None to serve the scales as stored."
+            )
+
+    @property
+    def serving_torch_dtype(self) -> torch.dtype | None:
+        return None if self.serving_dtype is None else getattr(torch, self.serving_dtype)

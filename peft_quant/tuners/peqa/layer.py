@@ -1,0 +1,180 @@
+"""PEQA on one GPTQ layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ... import gptq
+from ...ops import round_scales_straight_through
+from .config import PEQAConfig
+
+
+class PEQALayer(BaseTunerLayer):
+    """What PEQA adds to a GPTQ layer.
+
+    Each adapter is one fp32 delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
+
+        W = round(scales + sum of active deltas) * (q - z)
+
+    with `round` to what the checkpoint can store and the straight-through gradient, so that merging changes nothing.
+    """
+
+    adapter_layer_names = ("peqa_scales",)
+    other_param_names = ("serving_dtype",)
+
+    active_adapters: list[str]
+    get_base_layer: Callable[[], nn.Module]
+
+    def __init__(self, base_layer: nn.Module, packed: gptq.PackedFormat) -> None:
+        self.base_layer = base_layer
+        self.packed = packed
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.peqa_scales = nn.ParameterDict()
+        self.peqa_scales.register_load_state_dict_pre_hook(_refuse_non_finite)
+        self.serving_dtype: dict[str, torch.dtype | None] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._unmerged_scales: torch.Tensor | None = None
+
+    @property
+    def base_scales(self) -> torch.Tensor:
+        """The scales of the base model, `[groups, out_features]`, whether or not adapters are merged into it."""
+        scales = gptq.packed_tensors(self.get_base_layer()).scales
+        return scales if self._unmerged_scales is None else self._unmerged_scales.to(scales.device)
+
+    def update_layer(self, adapter_name: str, config: PEQAConfig) -> None:
+        shape = self.packed.groups, self.out_features
+        if config.init_weights:
+            delta = torch.zeros(shape, dtype=torch.float32)
+        else:
+            delta = torch.randn(shape, dtype=torch.float32) * self.base_scales.float().mean().cpu() * 0.1
+        self.peqa_scales[adapter_name] = nn.Parameter(delta)
+        self.serving_dtype[adapter_name] = config.serving_torch_dtype
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
+        """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
+        scales = self.base_scales.float()
+        for name in adapter_names:
+            scales = scales + self.peqa_scales[name].float()
+        return round_scales_straight_through(scales, self.packed.scale_dtype, self._serving_dtype(adapter_names))
+
+    def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:
+        return next((dtype for name in adapter_names if (dtype := self.serving_dtype[name]) is not None), None)
+
+    def _own(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.peqa_scales]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the tuned scales into the base layer. Deltas of several adapters add up in fp32 and are rounded once.
+
+        Args:
+            safe_merge: accepted for PEFT's sake; the check it asks for is always made.
+            adapter_names: the adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: an adapter holds NaN or infinite values. Nothing is changed then.
+        """
+        adapter_names = self._own(check_adapters_to_merge(self, adapter_names))
+        if not adapter_names:
+            return
+        all_merged = [*self.merged_adapters, *adapter_names]
+        scales = gptq.packed_tensors(self.get_base_layer()).scales
+        with torch.no_grad():
+            for name in adapter_names:
+                check_finite(f"adapter {name!r}", self.peqa_scales[name])
+            merged = self.tuned_scales(all_merged)
+            if self._unmerged_scales is None:
+                self._unmerged_scales = scales.clone()
+            scales.copy_(merged)
+        self.merged_adapters = all_merged
+
+    def unmerge(self) -> None:
+        """Give the base layer its own scales back, bit by bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with torch.no_grad():
+            gptq.packed_tensors(self.get_base_layer()).scales.copy_(self.base_scales)
+        self._unmerged_scales = None
+        self.merged_adapters = []
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight, decoded: fp32 `[out_features, in_features]`."""
+        return gptq.dequantize(self.get_base_layer(), self.packed)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        raise TypeError("PEQA trains the scales of a GPTQ layer; its weight cannot be replaced by a dense one.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a change of scales changes the weight by a matrix of full rank."""
+        return False
+
+
+class PEQALinear(nn.Module, PEQALayer):
+    """A GPTQ linear layer with PEQA adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: PEQAConfig, packed: gptq.PackedFormat
+    ) -> None:
+        super().__init__()
+        PEQALayer.__init__(self, base_layer, packed)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._forward(x, [])
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
+        return self._forward(x, [] if self.merged else self._own(self.active_adapters))
+
+    def _forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        scales = self.tuned_scales(adapter_names) if adapter_names else None
+        return gptq.linear(self.get_base_layer(), self.packed, x, scales)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"`adapter_names` names an adapter for each of {len(adapter_names)} samples, the batch has {len(x)}."
+            )
+        if self.merged:
+            raise ValueError("`adapter_names` does not go with merged adapters: call `unmerge_adapter` first.")
+        outputs: dict[str, torch.Tensor] = {}
+        rows = torch.empty(len(x), dtype=torch.long)
+        order: list[int] = []
+        for name in dict.fromkeys(adapter_names):
+            indices = [i for i, sample_adapter in enumerate(adapter_names) if sample_adapter == name]
+            outputs[name] = self._forward(x[indices], self._own([name]))
+            order += indices
+        rows[torch.tensor(order)] = torch.arange(len(x))
+        return torch.cat(list(outputs.values()))[rows.to(x.device)]
+
+    def __repr__(self) -> str:
+        return "peqa." + super().__repr__()
+
+
+def check_finite(owner: str, delta: torch.Tensor) -> None:
+    """Raise a `ValueError` naming the owner if scale deltas hold NaN or infinite values."""
+    bad = delta.numel() - int(torch.isfinite(delta).sum())
+    if bad:
+        raise ValueError(
+            f"{owner} holds {bad} NaN or infinite values among {delta.numel()} scale deltas, so it is damaged or its "
+            "training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
+        )
+
+
+def _refuse_non_finite(module: nn.ParameterDict, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    for name in module:
+        if prefix + name in state_dict:
+            check_finite(prefix + name, state_dict[prefix + name])

@@ -1,0 +1,123 @@
+"""Merging a PEQA adapter into a GPTQ checkpoint, on files alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft.utils.save_and_load import load_peft_weights
+
+from ...gptq import PackedTensors
+from ...gptq.check import check_packed_tensors
+from ...gptq.checkpoint import Checkpoint, new_directory
+from ...gptq.fingerprint import fingerprint, layer_digest
+from ...gptq.zero_points import declared_format, stored_zero_offset
+from ...ops import round_scales
+from .config import PEQAConfig
+from .layer import check_finite
+
+
+_KEY_PREFIX = "base_model.model."
+_DELTA_SUFFIX = ".peqa_scales"
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
+
+    Works on files: needs neither a GPU nor a GPTQ package, and memory for one shard's tensor at a time. Every other
+    tensor and file, `config.json` included, is byte-equal to the base; the same tensors result from
+    `model.merge_and_unload().save_pretrained(out)`. `out` appears once it is complete.
+
+    Args:
+        base: directory or Hub id of the GPTQ checkpoint the adapter was trained on, in safetensors.
+        adapter: directory or Hub id of the adapter.
+        out: directory to write, which must not exist.
+        revision: branch, tag or commit of `base`, if it is a Hub id.
+        token: Hub token.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: `base` is a directory without a safetensors checkpoint.
+        InvalidCheckpointError: a shard is truncated, or a layer's packed tensors are damaged.
+        ValueError: the adapter is not PEQA's, holds NaN, or was trained on another base.
+    """
+    config = PEQAConfig.from_pretrained(os.fspath(adapter), token=token)
+    if not isinstance(config, PEQAConfig):
+        raise ValueError(
+            f"{adapter} is a {config.peft_type.value} adapter. Only PEQA adapters merge into a GPTQ checkpoint: they "
+            "change scales alone."
+        )
+    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    deltas, others = _by_base_name(weights)
+    for name, delta in deltas.items():
+        check_finite(f"{adapter}: {name}", delta)
+
+    if not os.path.isdir(base):
+        base = snapshot_download(
+            os.fspath(base), revision=revision, token=token, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]
+        )
+    checkpoint = Checkpoint.open(base)
+    _check_base(checkpoint, config, deltas, others)
+
+    def replacement(name: str, old: torch.Tensor) -> torch.Tensor:
+        if name in others:
+            return others[name].to(old.dtype)
+        return round_scales(old.float() + deltas[name].float(), old.dtype, config.serving_torch_dtype)
+
+    with new_directory(out) as directory:
+        checkpoint.copy_with(directory, {*deltas, *others}, replacement)
+    return Path(out)
+
+
+def _by_base_name(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split an adapter's tensors into scale deltas and others (`modules_to_save`), by their name in the base."""
+    deltas, others = {}, {}
+    for key, tensor in weights.items():
+        name = key.removeprefix(_KEY_PREFIX)
+        if name.endswith(_DELTA_SUFFIX):
+            deltas[name.removesuffix(_DELTA_SUFFIX) + ".scales"] = tensor
+        else:
+            others[name] = tensor
+    return deltas, others
+
+
+def _check_base(
+    checkpoint: Checkpoint, config: PEQAConfig, deltas: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
+) -> None:
+    declared = declared_format(checkpoint.config.get("quantization_config"))
+    if declared is None:
+        raise ValueError(f"{checkpoint.directory} is not a GPTQ checkpoint: its config.json has no GPTQ quantization.")
+    for name, tensor in {**deltas, **others}.items():
+        if name not in checkpoint.shards:
+            raise ValueError(f"The adapter has a tensor for {name}, which {checkpoint.directory} does not have.")
+        shape = checkpoint.tensor(name).shape
+        if shape != tensor.shape:
+            raise ValueError(
+                f"The adapter's tensor for {name} has shape {tuple(tensor.shape)}, {checkpoint.directory} has "
+                f"{tuple(shape)}: it was trained on another base model, {config.base_model_name_or_path}."
+            )
+    found = fingerprint(_layer_digest(checkpoint, name.removesuffix(".scales"), declared) for name in deltas)
+    expected: dict[str, Any] | None = config.base_quantization
+    if expected is not None and expected["fingerprint"] != found:
+        raise ValueError(
+            f"This adapter was trained on another base model: it expects {expected}, {checkpoint.directory} has "
+            f"fingerprint {found}. Pass the base it was trained on ({config.base_model_name_or_path}), unchanged."
+        )
+
+
+def _layer_digest(checkpoint: Checkpoint, layer: str, declared: str) -> bytes:
+    tensors = PackedTensors(*(checkpoint.tensor(f"{layer}.{name}") for name in PackedTensors._fields))
+    return layer_digest(tensors, check_packed_tensors(layer, tensors), stored_zero_offset(declared))

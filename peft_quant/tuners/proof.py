@@ -1,0 +1,127 @@
+"""Proof that training trains: what a method claims to train moves at the first optimizer step, and nothing else does.
+
+PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at once, around the first
+step that has a learning rate above zero and that involves any of its parameters, and let go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+
+_SAMPLES = 1024
+
+
+class TrainingError(RuntimeError):
+    """Training that does not train what its method claims to train, or that trains something else."""
+
+
+class _Snapshot:
+    """State of a model right before a step: samples of its trainable adapter tensors, versions of all frozen ones."""
+
+    def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+        names = [
+            f"{name}.{attribute}."
+            for name, layer in model.named_modules()
+            if isinstance(layer, layer_class)
+            for attribute in layer.adapter_layer_names
+        ]
+        self.trained: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.frozen: dict[str, tuple[torch.Tensor, int]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                self.frozen[name] = parameter, parameter._version
+            elif name.startswith(tuple(names)):
+                self.trained[name] = parameter, _sample(parameter)
+        for name, layer in model.named_modules():
+            if isinstance(layer, layer_class):
+                for buffer_name, buffer in layer.get_base_layer().named_buffers():
+                    self.frozen[f"{name}.{buffer_name}"] = buffer, buffer._version
+
+    def involves(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds any tensor of the model in a group whose learning rate is above zero."""
+        mine = {id(tensor) for tensor, _ in [*self.trained.values(), *self.frozen.values()]}
+        return any(
+            id(parameter) in mine
+            for group in optimizer.param_groups
+            if float(group.get("lr", 1.0)) > 0
+            for parameter in group["params"]
+        )
+
+    def check(self) -> None:
+        changed = [name for name, (tensor, version) in self.frozen.items() if tensor._version != version]
+        if changed:
+            raise TrainingError(
+                f"The optimizer changed {len(changed)} tensors that are frozen, first {changed[0]}. Give it only the "
+                "parameters with `requires_grad`, after `get_peft_model`."
+            )
+        moved = [name for name, (tensor, before) in self.trained.items() if not torch.equal(_sample(tensor), before)]
+        if not moved:
+            raise TrainingError(
+                f"After the first optimizer step none of the {len(self.trained)} adapter tensors has moved. Build the "
+                "optimizer after `get_peft_model`, and check that gradients reach the adapter and are not zero."
+            )
+
+
+class _Proof:
+    def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+        self.model = weakref.ref(model, lambda _: self.close())
+        self.layer_class = layer_class
+        self.snapshot: _Snapshot | None = None
+        self.handles = [
+            register_optimizer_step_pre_hook(self.before_step),
+            register_optimizer_step_post_hook(self.after_step),
+        ]
+
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        model = self.model()
+        if model is None:
+            return
+        snapshot = _Snapshot(model, self.layer_class)
+        if snapshot.trained and snapshot.involves(optimizer):
+            self.snapshot = snapshot
+
+    def after_step(self, *_: Any) -> None:
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is not None:
+            self.close()
+            snapshot.check()
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        model = self.model()
+        if model is not None:
+            _under_proof.pop(model, None)
+
+
+_under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
+
+
+def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+    """Check the first optimizer step that is taken on a model's adapters, of whichever optimizer. Idempotent.
+
+    Args:
+        model: the model whose tuner layers are of `layer_class`.
+        layer_class: the tuner layers; their adapter parameters are what should move.
+
+    Raises (from `Optimizer.step`):
+        TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
+    """
+    if model not in _under_proof:
+        _under_proof[model] = _Proof(model, layer_class)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()

@@ -1,0 +1,168 @@
+"""Small GPTQ layers and checkpoints, packed by round-to-nearest with this package's own packer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from peft_quant.ops.packing import pack_rows, pack_zeros
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight: the packed tensors and what they stand for."""
+
+    tensors: dict[str, torch.Tensor]
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    bits: int
+    group_size: int
+    zero_offset: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        g_idx = self.tensors["g_idx"].long()
+        return self.tensors["scales"].float()[g_idx] * (self.codes - self.zeros[g_idx]).float()
+
+
+def quantize(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int = -1,
+    symmetric: bool = True,
+    act_order: bool = False,
+    zero_offset: int = 1,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Packed:
+    """Round a weight `[K, N]` to the nearest GPTQ codes."""
+    rows, columns = weight.shape
+    group_size = rows if group_size == -1 else group_size
+    groups = -(-rows // group_size)
+    g_idx = torch.arange(rows) // group_size
+    if act_order:
+        g_idx = g_idx[torch.randperm(rows, generator=torch.Generator().manual_seed(rows))]
+    top = 2**bits - 1
+    low = torch.stack([weight[g_idx == group].amin(0).clamp(max=0) for group in range(groups)])
+    high = torch.stack([weight[g_idx == group].amax(0).clamp(min=0) for group in range(groups)])
+    if symmetric:
+        scales = torch.maximum(-low, high) * 2 / top
+        zeros = torch.full((groups, columns), 2 ** (bits - 1))
+    else:
+        scales = (high - low) / top
+        zeros = (-low / scales).round().clamp(0, top).int()
+    scales = scales.clamp(min=1e-4).to(scale_dtype)
+    codes = (weight / scales.float()[g_idx] + zeros[g_idx]).round().clamp(0, top).int()
+    tensors = {
+        "qweight": pack_rows(codes, bits),
+        "qzeros": pack_zeros(zeros, bits, zero_offset),
+        "scales": scales,
+        "g_idx": g_idx.int(),
+    }
+    return Packed(tensors, codes, zeros, bits, group_size, zero_offset)
+
+
+def random_packed(bits: int, rows: int = 96, columns: int = 64, seed: int = 0, **options) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.1 + torch.randn(columns, generator=generator) * 0.05
+    return quantize(weight, bits, **options)
+
+
+class PlainLayer(nn.Module):
+    """The least a GPTQ layer can be: four tensors and the name of the zero point format."""
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor.clone())
+        self.register_buffer("bias", bias)
+        self.checkpoint_format = "gptq" if packed.zero_offset else "gptq_v2"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the forward of a GPTQ layer must not be called")
+
+
+class PlainMLP(nn.Module):
+    """Two packed layers and a float head, as a user's own model might be."""
+
+    def __init__(self, bits: int = 4, **options) -> None:
+        super().__init__()
+        self.up = PlainLayer(random_packed(bits, 64, 96, seed=1, **options))
+        self.down = PlainLayer(random_packed(bits, 96, 64, seed=2, **options))
+        torch.manual_seed(3)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def save_tiny_llama(
+    directory: Path,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = True,
+    act_order: bool = False,
+    checkpoint_format: str = "gptq",
+    seed: int = 0,
+    shards: int = 1,
+) -> Path:
+    """Write a GPTQ checkpoint of a random two-layer Llama with grouped-query attention; 96 rows make 64 ragged."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(seed)
+    tensors = {name: tensor.half() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name).float().t()
+        packed = quantize(weight, bits, group_size, symmetric, act_order, int(checkpoint_format == "gptq"))
+        for tensor_name, tensor in packed.tensors.items():
+            tensors[f"{name.removesuffix('weight')}{tensor_name}"] = tensor
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "float16"
+    config.quantization_config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": act_order,
+        "checkpoint_format": checkpoint_format,
+    }
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return directory
+
+
+def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options) -> PreTrainedModel:
+    """Load a checkpoint as users are told to."""
+    kernel = GPTQConfig(bits=bits, backend=backend)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=kernel, dtype=torch.float32, **options
+    ).eval()
