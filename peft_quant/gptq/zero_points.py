@@ -50,19 +50,21 @@ def keep_checkpoint_format(model: nn.Module) -> None:
 
 
 def _to_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
-    for key, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
+    for key, _, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
         state_dict[key] = convert_zeros(state_dict[key], bits, in_memory, declared)
 
 
 def _from_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    for key, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
-        state_dict[key] = convert_zeros(state_dict[key], bits, declared, in_memory)
+    for key, qzeros, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
+        # a state dict taken before the hooks were set is in the format of memory: zero points never train
+        if not torch.equal(state_dict[key].to(qzeros.device), qzeros):
+            state_dict[key] = convert_zeros(state_dict[key], bits, declared, in_memory)
 
 
 def _packed_zeros(
     model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str
-) -> Iterator[tuple[str, int, int, int]]:
-    """The state dict's key, the bits and the zero offsets (in memory, declared) of every packed layer of a model."""
+) -> Iterator[tuple[str, torch.Tensor, int, int, int]]:
+    """For each packed layer in a state dict: key, zero points in memory, bits, zero offsets in memory and declared."""
     declared = checkpoint_format(model)
     if declared is None:
         return
@@ -71,4 +73,4 @@ def _packed_zeros(
         if key in state_dict and is_packed(layer):
             tensors = packed_tensors(layer)
             bits = tensors.qweight.shape[0] * WORD_BITS // tensors.g_idx.numel()
-            yield key, bits, zero_offset(layer, name), stored_zero_offset(declared)
+            yield key, tensors.qzeros, bits, zero_offset(layer, name), stored_zero_offset(declared)

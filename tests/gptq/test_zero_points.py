@@ -47,6 +47,15 @@ def test_state_dict_round_trip_and_memory_are_untouched(model, input_ids):
         assert torch.equal(model(input_ids).logits, expected)
 
 
+def test_a_state_dict_from_before_the_hooks_still_fits(model, input_ids):
+    state = model.state_dict()
+    keep_checkpoint_format(model)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        model.load_state_dict(state)
+        assert torch.equal(model(input_ids).logits, expected)
+
+
 def test_hooks_survive_deepcopy(model, checkpoint):
     keep_checkpoint_format(model)
     name = "model.layers.0.mlp.up_proj.qzeros"

@@ -173,7 +173,7 @@ class TestSavedForBackward:
 
     @pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order"))
     def test_only_packed_tensors_without_a_scale_gradient(self, layout):
-        packed, (qweight, qzeros, scales), layout_arguments = self.layer(layout)
+        _, (qweight, qzeros, scales), layout_arguments = self.layer(layout)
         x = torch.randn(self.tokens, self.rows).requires_grad_()
         kept = self.saved(lambda: ops.linear(x, qweight, qzeros, scales, *layout_arguments, 1))
         allowed = {tensor.untyped_storage().data_ptr() for tensor in (qweight, qzeros, scales)}

@@ -29,7 +29,8 @@ class PEQAConfig(PeftConfig):
             Further modules to train whole and save with the adapter, for instance a classification head.
         serving_dtype (`str`, *optional*):
             `"bfloat16"` if the merged model will be served in bf16: training then sees scales rounded to bf16 as well,
-            so that serving changes nothing. By default training sees the scales as the checkpoint stores them (fp16).
+            so that serving changes nothing, and starts from the base as bf16 serves it. By default training sees the
+            scales as the checkpoint stores them (fp16).
         init_weights (`bool`):
             Start from zero deltas, which leave the model as it is. `False` draws random ones, which is for tests only.
         base_quantization (`dict`, *optional*):

@@ -49,15 +49,18 @@ class PEQALayer(BaseTunerLayer):
         return scales if self._unmerged_scales is None else self._unmerged_scales.to(scales.device)
 
     def update_layer(self, adapter_name: str, config: PEQAConfig) -> None:
-        shape = self.packed.groups, self.out_features
-        if config.init_weights:
-            delta = torch.zeros(shape, dtype=torch.float32)
-        else:
-            delta = torch.randn(shape, dtype=torch.float32) * self.base_scales.float().mean().cpu() * 0.1
+        delta = torch.zeros_like(self.base_scales, dtype=torch.float32)
+        if not config.init_weights:
+            delta.normal_().mul_(0.1 * self.base_scales.float().mean())
         self.peqa_scales[adapter_name] = nn.Parameter(delta)
         self.serving_dtype[adapter_name] = config.serving_torch_dtype
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast the fp32 delta to the dtype of `weight`, fp16 on gptqmodel's layers
+        delta = self.peqa_scales[adapter_name]
+        if not delta.is_meta:
+            delta.data = delta.data.to(device or self.base_scales.device)
 
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""

@@ -37,6 +37,9 @@ class PEQAModel(BaseTuner):
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
+    Deltas are always fp32, whatever `autocast_adapter_dtype` asks for: most updates of a 16-bit scale would round to
+    nothing.
+
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.
         RepackedLayerError: a targeted layer's kernel changed its packed tensors.
@@ -65,12 +68,21 @@ class PEQAModel(BaseTuner):
             raise ValueError(_no_packed_layers(self.model))
         target = peft_config.target_modules
         if target is None or (isinstance(target, str) and target.lower() == _ALL_LINEAR):
-            head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-            peft_config.target_modules = {name for name, layer in packed_layers.items() if layer is not head}
+            peft_config.target_modules = self._default_targets(peft_config, packed_layers)
         self._formats = self._read_targets(peft_config, packed_layers)
         if self._formats:
             self._match_base(peft_config, packed_layers)
         return peft_config
+
+    def _default_targets(self, config: PEQAConfig, packed_layers: dict[str, nn.Module]) -> set[str]:
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        endings = {name.rpartition(".")[2] for name in packed_layers}
+        by_ending = replace(config, target_modules=endings)  # PEFT applies `layers_to_transform` to endings only
+        return {
+            name
+            for name, layer in packed_layers.items()
+            if layer is not head and self._check_target_module_exists(by_ending, name)
+        }
 
     def _packed_layers(self) -> dict[str, nn.Module]:
         """GPTQ layers by the name they have in the model without adapters."""
@@ -83,8 +95,13 @@ class PEQAModel(BaseTuner):
     def _read_targets(self, config: PEQAConfig, packed_layers: dict[str, nn.Module]) -> dict[str, gptq.PackedFormat]:
         """Formats of the targeted layers; every error a layer can cause is raised here, before the model changes."""
         formats = {}
+        inside_adapters: tuple[str, ...] = ()
         for name, module in self.model.named_modules():
-            if not name or _BASE_LAYER_SUFFIX in name or not self._check_target_module_exists(config, name):
+            if not name or name.startswith(inside_adapters):
+                continue
+            if isinstance(module, PEQALayer):
+                inside_adapters += (f"{name}.",)
+            if not self._check_target_module_exists(config, name):
                 continue
             if isinstance(module, PEQALayer):
                 formats[name] = module.packed
@@ -170,8 +187,8 @@ class PEQAModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"`adapter_names` has unknown adapters {unknown}; there are {sorted(known)}.")
-        encoder = self.model.get_encoder() if getattr(self.model.config, "is_encoder_decoder", False) else None
-        encoder_modules = set() if encoder is None else set(encoder.modules())
+        has_encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder_modules = set(self.model.get_encoder().modules()) if has_encoder else set()
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
         handles = []

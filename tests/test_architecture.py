@@ -1,0 +1,79 @@
+"""The house rules that imports can hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_quant
+
+
+ROOT = Path(peft_quant.__file__).parent
+
+# what the modules of a package may import: packages of ours, and which others are forbidden at module level
+ALLOWED = {
+    "ops": {"ops"},
+    "gptq": {"gptq", "ops"},
+    "tuners": {"tuners", "gptq", "ops", "registry"},
+    "registry": set(),
+    "compat": set(),
+}
+FORBIDDEN = {
+    "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "gptq": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "tuners": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
+
+
+def imports(path):
+    """(module, level) of every import at module level, absolute for our own."""
+    package = ("peft_quant", *path.relative_to(ROOT).parts[:-1])
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = [*base, *([node.module] if node.module else [])]
+            if node.module is None:
+                yield from (".".join([*module, alias.name]) for alias in node.names)
+            else:
+                yield ".".join(module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module in imports(path):
+        top, *rest = module.split(".")
+        if top == "peft_quant":
+            assert rest, f"{path} imports the whole package"
+            assert rest[0] in ALLOWED[room], f"{path} imports {module}"
+        else:
+            assert top not in FORBIDDEN[room], f"{path} imports {module}"
+
+
+def test_importing_is_light():
+    code = """
+import sys, time
+import peft
+start = time.perf_counter()
+import peft_quant
+seconds = time.perf_counter() - start
+import torch
+loaded = {"triton", "gptqmodel", "optimum", "auto_gptq", "bitsandbytes", "datasets"} & set(sys.modules)
+assert not loaded, loaded
+assert not torch.cuda.is_initialized()
+assert seconds < 1, seconds
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_public_names_exist():
+    assert all(hasattr(peft_quant, name) for name in peft_quant.__all__)

@@ -1,0 +1,52 @@
+import copy
+import importlib
+import pickle
+
+import pytest
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+import peft_quant
+from peft_quant import registry
+
+
+def test_the_member_is_a_real_one():
+    member = PeftType.PEQA
+    assert PeftType("PEQA") is PeftType["PEQA"] is member
+    assert (member.name, member.value, str(member.value)) == ("PEQA", "PEQA", "PEQA")
+    assert member in list(PeftType)
+    assert member == "PEQA"
+    assert isinstance(member, PeftType)
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+
+
+def test_registering_again_changes_nothing():
+    members = list(PeftType)
+    assert registry.add_peft_type("PEQA") is PeftType.PEQA
+    registry.register("peqa", peft_quant.PEQAConfig, peft_quant.PEQAModel)
+    importlib.reload(peft_quant)
+    assert list(PeftType) == members
+
+
+def test_a_method_that_peft_ships_itself_is_left_alone():
+    with pytest.raises(RuntimeError, match=r"method named LORA already \(peft\.tuners\.lora"):
+        registry.register("lora", peft_quant.PEQAConfig, peft_quant.PEQAModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
+
+
+def test_configs_are_found_by_type(tmp_path):
+    peft_quant.PEQAConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    assert type(PeftConfig.from_pretrained(tmp_path)) is peft_quant.PEQAConfig
+
+
+@pytest.mark.parametrize(
+    ("installed", "accepted"), (("0.19.1", False), ("0.20.0", True), ("0.21.9", True), ("0.22.0", False))
+)
+def test_only_tested_versions_of_peft_are_accepted(monkeypatch, installed, accepted):
+    monkeypatch.setattr("peft_quant.compat.version", lambda _: installed)
+    if accepted:
+        peft_quant.require_supported_peft()
+    else:
+        with pytest.raises(ImportError, match=f"found {installed}"):
+            peft_quant.require_supported_peft()

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from gptq_models import PlainMLP, load, save_tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_quant import PEQAConfig, hotswap_adapter
+
+
+def adapter(base, directory, **options):
+    config = PEQAConfig(**{"task_type": "CAUSAL_LM", "init_weights": False, **options})
+    get_peft_model(load(base), config).save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def logits(model, input_ids):
+    return model(input_ids=input_ids).logits
+
+
+@pytest.fixture
+def first(checkpoint, tmp_path):
+    return adapter(checkpoint, tmp_path / "first")
+
+
+@pytest.fixture
+def swapped(checkpoint, first):
+    return PeftModel.from_pretrained(load(checkpoint), first)
+
+
+def test_takes_the_new_values_in_place(checkpoint, swapped, tmp_path, input_ids):
+    second = adapter(checkpoint, tmp_path / "second")
+    expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
+    pointers = [p.data_ptr() for p in swapped.parameters()]
+    assert not torch.equal(logits(swapped, input_ids), expected)
+    hotswap_adapter(swapped, second, "default")
+    assert torch.equal(logits(swapped, input_ids), expected)
+    assert [p.data_ptr() for p in swapped.parameters()] == pointers
+
+
+def test_a_compiled_model_is_not_compiled_again(checkpoint, swapped, tmp_path, input_ids):
+    second = adapter(checkpoint, tmp_path / "second")
+    expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
+    with torch._dynamo.config.patch(disable=False, error_on_recompile=True), torch.no_grad():
+        compiled = torch.compile(swapped, backend="aot_eager")
+        compiled(input_ids=input_ids, use_cache=False)
+        hotswap_adapter(compiled, second, "default")
+        torch.testing.assert_close(compiled(input_ids=input_ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"target_modules": ["q_proj"]}, "base_quantization is"),
+        ({"serving_dtype": "bfloat16"}, "serving_dtype is 'bfloat16', the loaded adapter has None"),
+        ({"modules_to_save": ["lm_head"]}, "differ in 1 tensors, first base_model.model.lm_head.weight"),
+    ),
+)
+def test_an_adapter_of_another_kind_is_refused(checkpoint, swapped, tmp_path, input_ids, options, message):
+    before = logits(swapped, input_ids)
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter(swapped, adapter(checkpoint, tmp_path / "second", **options), "default")
+    assert torch.equal(logits(swapped, input_ids), before)
+
+
+def test_an_adapter_of_another_base_is_refused(swapped, tmp_path):
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="base_quantization is"):
+        hotswap_adapter(swapped, adapter(other, tmp_path / "second"), "default")
+
+
+def test_nan_is_refused_before_anything_changes(checkpoint, swapped, tmp_path, input_ids):
+    second = adapter(checkpoint, tmp_path / "second")
+    weights = load_file(second / "adapter_model.safetensors")
+    weights[sorted(weights)[-1]][0, 0] = float("nan")
+    save_file(weights, second / "adapter_model.safetensors")
+    before = logits(swapped, input_ids)
+    with pytest.raises(ValueError, match="1 NaN or infinite"):
+        hotswap_adapter(swapped, second, "default")
+    assert torch.equal(logits(swapped, input_ids), before)
+
+
+def test_lora_goes_to_peft(tmp_path):
+    config = LoraConfig(target_modules=["head"], init_lora_weights=False)
+    model = get_peft_model(PlainMLP(), config)
+    model.save_pretrained(tmp_path)
+    expected = model.base_model.model.head.lora_B["default"].weight.detach().clone()
+    with torch.no_grad():
+        model.base_model.model.head.lora_B["default"].weight.zero_()
+    hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+    assert torch.equal(model.base_model.model.head.lora_B["default"].weight, expected)

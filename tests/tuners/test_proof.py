@@ -1,0 +1,95 @@
+import gc
+
+import pytest
+import torch
+from gptq_models import PlainMLP
+from peft import get_peft_model
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from peft_quant import PEQAConfig, TrainingError
+
+
+@pytest.fixture
+def peft_model():
+    return get_peft_model(PlainMLP(), PEQAConfig())
+
+
+def backward(peft_model):
+    peft_model(torch.randn(3, 64)).pow(2).sum().backward()
+
+
+def hooks():
+    gc.collect()
+    return len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
+
+
+def trainable(peft_model):
+    return [p for p in peft_model.parameters() if p.requires_grad]
+
+
+def test_a_step_that_trains_is_proof_and_ends_it():
+    gc.collect()
+    before = hooks()
+    peft_model = get_peft_model(PlainMLP(), PEQAConfig())
+    assert hooks() == before + 2
+    optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
+    backward(peft_model)
+    optimizer.step()
+    assert hooks() == before
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_an_optimizer_without_gradients_is_noticed(peft_model):
+    optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
+    with pytest.raises(TrainingError, match="none of the 2 adapter tensors has moved"):
+        optimizer.step()
+
+
+def test_an_optimizer_of_the_base_parameters_is_noticed(peft_model):
+    head = peft_model.base_model.model.head.weight
+    head.grad = torch.ones_like(head)
+    with pytest.raises(TrainingError, match=r"changed 1 tensors that are frozen, first head\.weight"):
+        torch.optim.SGD([head, *trainable(peft_model)], lr=0.1).step()
+
+
+def test_an_optimizer_that_changes_packed_tensors_is_noticed(peft_model):
+    class Damaging(torch.optim.SGD):
+        def step(self):
+            peft_model.base_model.model.up.base_layer.qweight += 1
+
+    optimizer = Damaging(trainable(peft_model), lr=0.1)
+    with pytest.raises(TrainingError, match=r"first up\.qweight"):
+        optimizer.step()
+
+
+def test_warmup_from_zero_waits_for_the_first_real_step(peft_model):
+    optimizer = torch.optim.AdamW(trainable(peft_model), lr=0.0)
+    backward(peft_model)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+
+
+def test_other_models_are_none_of_its_business(peft_model):
+    other = torch.nn.Linear(2, 2)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    before = hooks()
+    optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
+    backward(peft_model)
+    optimizer.step()
+    assert hooks() == before - 2
+
+
+def test_a_model_that_is_never_trained_leaves_nothing_behind():
+    before = hooks()
+    peft_model = get_peft_model(PlainMLP(), PEQAConfig())
+    del peft_model
+    assert hooks() == before
+
+
+def test_inference_needs_no_proof():
+    before = hooks()
+    peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))
+    assert hooks() == before
+    del peft_model
