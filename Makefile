@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# gptqmodel is built from source against the installed torch, hence torch first and no build isolation.
+# auto-gptq cannot be imported under transformers 5, only its layers can: tests use them, without its dependencies.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

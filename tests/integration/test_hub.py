@@ -1,0 +1,83 @@
+"""Models and adapters by Hub id, through the real client, against a server on loopback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from gptq_models import load
+from hub_server import serve
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_quant import PEQAConfig, merge_checkpoint
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path):
+    """Environment of a fresh client of a hub with a base model and an adapter, and the adapter's logits."""
+    adapter = tmp_path / "adapter"
+    tuned = get_peft_model(load(checkpoint), PEQAConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    tuned.peft_config["default"].base_model_name_or_path = "user/base"
+    tuned.save_pretrained(adapter)
+    with serve({"user/base": checkpoint, "user/adapter": adapter}) as endpoint:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        yield environment, tuned
+
+
+def run(code, environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+LOAD = """
+import sys
+import peft_quant
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GPTQConfig
+
+kernel = GPTQConfig(bits=4, backend="gptq_torch")
+model = AutoPeftModelForCausalLM.from_pretrained("user/adapter", quantization_config=kernel, dtype=torch.float32)
+with torch.no_grad():
+    save_file({"logits": model(load_file(sys.argv[1])["input_ids"]).logits}, sys.argv[2])
+"""
+
+MERGE = "import sys, peft_quant; peft_quant.merge_checkpoint('user/base', 'user/adapter', sys.argv[1])"
+
+
+def test_an_adapter_and_its_base_load_by_id(hub, tmp_path, input_ids):
+    environment, tuned = hub
+    save_file({"input_ids": input_ids}, tmp_path / "input.safetensors")
+    result = run(LOAD, environment, tmp_path / "input.safetensors", tmp_path / "output.safetensors")
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        expected = tuned(input_ids=input_ids).logits
+    assert torch.equal(load_file(tmp_path / "output.safetensors")["logits"], expected)
+
+
+def test_merging_by_id_equals_merging_files(hub, checkpoint, tmp_path):
+    environment, _ = hub
+    result = run(MERGE, environment, tmp_path / "merged")
+    assert result.returncode == 0, result.stderr
+    merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "expected")
+    merged, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("merged", "expected")
+    )
+    assert merged == expected
+
+
+def test_an_unknown_id_is_named(hub, tmp_path):
+    environment, _ = hub
+    result = run(MERGE.replace("user/base", "user/absent"), environment, tmp_path / "merged")
+    assert result.returncode == 1
+    assert "user/absent" in result.stderr.splitlines()[-1] or "RepositoryNotFoundError" in result.stderr
+    assert not (tmp_path / "merged").exists()
