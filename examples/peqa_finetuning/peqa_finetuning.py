@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/peqa_finetuning"))
@@ -285,7 +285,7 @@ def compare(adapter: Path, merged: Path, batch: torch.Tensor) -> dict[str, float
 
 def write_card(adapter: Path, base: str, rows: dict[str, dict[str, float]], settings: Settings) -> None:
     """The adapter's model card, from the template that peft_quant ships."""
-    template = files("peft_quant.hub_cards") / "peqa_adapter.md"
+    template = files("peft_quant") / "hub_cards" / "peqa_adapter.md"
     base_name = Path(base).name if Path(base).exists() else base
     metadata = ModelCardData(
         base_model=base_name,
