@@ -1,6 +1,7 @@
 """Test environment: one thread, no network, no compilation unless a test asks for it."""
 
 import os
+from pathlib import Path
 
 
 os.environ.update(
@@ -11,6 +12,7 @@ os.environ.update(
         "GPTQMODEL_DISABLE_PACK_EXT": "1",
         "GPTQMODEL_DISABLE_GIL_WARNING": "1",
         "GPTQMODEL_CPU_WORKERS": "2",
+        "TRITON_INTERPRET": "0" if Path("/dev/nvidiactl").exists() else "1",
     }
 )
 

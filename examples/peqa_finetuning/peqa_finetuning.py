@@ -145,6 +145,7 @@ def train(settings: Settings, validation_text: str, directory: Path) -> None:
         eval_strategy="steps",
         eval_steps=max(1, settings.steps // 2),
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         seed=settings.seed,
     )
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--model", help="GPTQ checkpoint: path or Hub id; by default SmolLM2 is quantized")
     parser.add_argument("--dataset", help="text file or Hub data set to tune on; by default the King James Bible")
     parser.add_argument("--column", default="text", help="column of a Hub data set")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-4)

@@ -60,11 +60,11 @@ def _spread(per_group: torch.Tensor, block: _Block) -> torch.Tensor:
 
 
 def _centered(qweight: torch.Tensor, zeros: torch.Tensor, bits: int, block: _Block) -> torch.Tensor:
-    """`q - z` of a block, fp32 `[groups, rows per group, N]`; integers up to 255 are exact."""
-    words = qweight[block.start * bits // 32 : block.stop * bits // 32]
-    spread_zeros = _spread(zeros, block)
-    codes = unpack_rows(words, bits).view(spread_zeros.shape[0], -1, qweight.shape[1])
-    return codes.sub_(spread_zeros).float()
+    """`q - z` of a block in the smallest signed integers, `[groups, rows per group, N]`."""
+    codes = unpack_rows(qweight[block.start * bits // 32 : block.stop * bits // 32], bits)
+    codes = codes.to(torch.int16) if bits == 8 else codes.view(torch.int8)
+    spread_zeros = _spread(zeros, block).to(codes.dtype)
+    return codes.view(spread_zeros.shape[0], -1, qweight.shape[1]).sub_(spread_zeros)
 
 
 def dequantize(
@@ -86,9 +86,9 @@ def dequantize(
         centered = _centered(qweight, zeros, bits, block)
         out = weight[block.start : block.stop].view(centered.shape)
         if dtype == torch.float32:
-            torch.mul(centered, _spread(scales, block), out=out)
+            out.copy_(centered).mul_(_spread(scales, block))
         else:
-            out.copy_(centered.mul_(_spread(scales, block)))
+            out.copy_(centered.float().mul_(_spread(scales, block)))
     return weight
 
 
@@ -145,7 +145,7 @@ def linear_grad_scales(
     for block in _blocks(x.shape[1], _GRADIENT_BLOCK_ROWS, group_size, g_idx):
         centered = _centered(qweight, zeros, bits, block)
         tile = (x[:, block.start : block.stop].t() @ dy).view(centered.shape)
-        per_run = centered.mul_(tile).sum(1)
+        per_run = centered.float().mul_(tile).sum(1)
         if isinstance(block.groups, slice):
             grad[block.groups] += per_run
         else:

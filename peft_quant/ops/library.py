@@ -18,6 +18,10 @@ its output in place of `x`, because `dscales[n] = sum_m dy[m, n] * y[m, n] / sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
 import torch
 
 from . import eager
@@ -32,9 +36,25 @@ _SCHEMAS = {
     "linear_grad_scales": f"(Tensor x, Tensor dy, {_PACKED.replace('Tensor scales, ', '')}) -> Tensor",
 }
 
+
+@cache
+def _gpu_path() -> ModuleType:
+    """Triton's kernels, which are imported at the first product on a GPU; plain PyTorch without Triton."""
+    try:
+        from . import triton
+    except ImportError:
+        return eager
+    return triton
+
+
+def _on_gpu(name: str) -> Callable[..., torch.Tensor]:
+    return lambda *arguments: getattr(_gpu_path(), name)(*arguments)
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"peft_quant::{_name}", _schema)
     torch.library.impl(f"peft_quant::{_name}", "default", getattr(eager, _name))
+    torch.library.impl(f"peft_quant::{_name}", "cuda", _on_gpu(_name))
 
 
 @torch.library.register_fake("peft_quant::dequantize")

@@ -34,30 +34,38 @@ def words_for(codes: int, bits: int) -> int:
     return codes * bits // WORD_BITS
 
 
-def _period(bits: int) -> tuple[int, int]:
-    """The shortest run of whole words that holds whole codes, as (words, codes)."""
-    words = 3 if bits == 3 else 1
-    return words, words * WORD_BITS // bits
-
-
 def unpack_rows(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack words along the first dimension: int32 `[K * bits / 32, N]` -> int32 codes `[K, N]`."""
-    period_words, period_codes = _period(bits)
-    words = packed.view(-1, period_words, packed.shape[1])
-    codes = packed.new_empty(words.shape[0], period_codes, packed.shape[1])
-    for i in range(period_codes):
-        word, shift = divmod(i * bits, WORD_BITS)
-        torch.bitwise_right_shift(words[:, word], shift, out=codes[:, i])
-        low_bits = WORD_BITS - shift
-        if low_bits < bits:
-            codes[:, i].bitwise_and_((1 << low_bits) - 1).bitwise_or_(words[:, word + 1] << low_bits)
-    return codes.bitwise_and_((1 << bits) - 1).view(-1, packed.shape[1])
+    """Unpack words along the first dimension: int32 `[K * bits / 32, N]` -> uint8 codes `[K, N]`."""
+    columns = packed.shape[1]
+    if bits == 3:
+        return _unpack_3_bits(packed).view(-1, columns)
+    octets = packed.contiguous().view(torch.uint8).view(-1, columns, 4).transpose(1, 2).contiguous()
+    if bits == 8:
+        return octets.view(-1, columns)
+    codes = octets.new_empty(octets.shape[0], 4, 8 // bits, columns)
+    for i in range(8 // bits):
+        torch.bitwise_and(octets >> (i * bits), (1 << bits) - 1, out=codes[:, :, i])
+    return codes.view(-1, columns)
+
+
+def _unpack_3_bits(packed: torch.Tensor) -> torch.Tensor:
+    words = packed.view(-1, 3, packed.shape[1])
+    codes = words.new_empty(words.shape[0], 32, packed.shape[1], dtype=torch.uint8)
+    for i in range(32):
+        word, shift = divmod(i * 3, WORD_BITS)
+        code = words[:, word] >> shift
+        if shift > WORD_BITS - 3:
+            low_bits = WORD_BITS - shift
+            code = (code & ((1 << low_bits) - 1)) | (words[:, word + 1] << low_bits)
+        codes[:, i] = code & 7
+    return codes
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack integer codes `[K, N]` along the first dimension into int32 words `[K * bits / 32, N]`."""
     words_for(codes.shape[0], bits)
-    period_words, period_codes = _period(bits)
+    period_words = 3 if bits == 3 else 1  # the shortest run of whole words that holds whole codes
+    period_codes = period_words * WORD_BITS // bits
     fields = (codes.to(torch.int64) & ((1 << bits) - 1)).view(-1, period_codes, codes.shape[1])
     words = fields.new_zeros(fields.shape[0], period_words, codes.shape[1])
     for i in range(period_codes):
@@ -69,7 +77,7 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Tensor:
-    """Decode packed zero points: int32 `[G, N * bits / 32]` -> int32 `[G, N]`.
+    """Decode packed zero points: int32 `[G, N * bits / 32]` -> uint8 `[G, N]`.
 
     Args:
         zero_offset: what the format subtracted from the zero points: 1 for `gptq` (v1), 0 for `gptq_v2`.
