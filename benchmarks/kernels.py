@@ -1,0 +1,94 @@
+"""Packed operators on a GPU, against the copy bandwidth and bf16 products of the same run.
+
+    python benchmarks/kernels.py --out benchmarks/results
+
+Times are medians of `triton.testing.do_bench`. Bytes count what an operator must move at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from record import append, device_name
+from triton.testing import do_bench
+
+from peft_quant import ops
+
+
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
+
+
+def microseconds(function: Callable[..., object], *arguments: object) -> float:
+    function(*arguments)
+    return do_bench(lambda: function(*arguments), warmup=20, rep=60, return_mode="median") * 1e3
+
+
+def random_layer(
+    bits: int, rows: int, columns: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = rows // group_size
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+
+    scales = torch.rand(groups, columns, device="cuda").mul_(0.01).add_(1e-3).half()
+    return words(rows * bits // 32, columns), words(groups, columns * bits // 32), scales
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = 2 * 2**30 / microseconds(target.copy_, source) / 1e3
+    source = target = None
+    print(f"{device_name()}: copy {copy:.0f} GB/s", flush=True)
+
+    def report(op: str, peer: str, us: float, moved: float | None = None, **row: object) -> None:
+        bandwidth = {} if moved is None else {"gb_per_s": round(moved / us / 1e3, 1)}
+        if bandwidth:
+            bandwidth["share_of_copy"] = round(bandwidth["gb_per_s"] / copy, 3)
+        append("kernels", arguments.out, op=op, peer=peer, us=round(us, 2), dtype="bfloat16", **row, **bandwidth)
+        print(f"{op:20} {peer:10} {row} {us:8.1f} us {bandwidth}", flush=True)
+
+    report("copy", "torch", 2 * 2**30 / copy / 1e3, 2 * 2**30)
+    for rows, columns in SHAPES:
+        for bits, group in ((2, 128), (3, 128), (4, 128), (8, 128), (4, 32), (4, rows)):
+            packed = random_layer(bits, rows, columns, group)
+            layout = (None, bits, group, 1)
+            cell = {"bits": bits, "group": group, "K": rows, "N": columns}
+            moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
+            us = microseconds(ops.dequantize, *packed, *layout, torch.bfloat16)
+            report("dequantize", "ours", us, moved, **cell)
+        g_idx = (torch.arange(rows, device="cuda") // 128)[torch.randperm(rows, device="cuda")].int()
+        packed = random_layer(4, rows, columns, 128)
+        moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
+        us = microseconds(ops.dequantize, *packed, g_idx, 4, 128, 1, torch.bfloat16)
+        report("dequantize act-order", "ours", us, moved, bits=4, group=128, K=rows, N=columns)
+
+        for tokens in (512, 2048, 8192):
+            x = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
+            dy = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            dense = torch.randn(columns, rows, device="cuda", dtype=torch.bfloat16)
+            cell = {"M": tokens, "K": rows, "N": columns}
+            report("linear", "bf16", microseconds(torch.nn.functional.linear, x, dense), **cell)
+            report("grad_x", "bf16", microseconds(torch.matmul, dy, dense), **cell)
+            report("grad_weight", "bf16", microseconds(torch.matmul, x.t(), dy), **cell)
+            for bits in (3, 4):
+                packed = random_layer(bits, rows, columns, 128)
+                layout = (None, bits, 128, 1)
+                cell |= {"bits": bits, "group": 128}
+                operators = torch.ops.peft_quant
+                report("linear", "ours", microseconds(operators.linear, x, *packed, *layout), **cell)
+                report("grad_x", "ours", microseconds(operators.linear_grad_x, dy, *packed, *layout), **cell)
+                us = microseconds(operators.linear_grad_scales, x, dy, *packed[:2], *layout)
+                report("grad_scales", "ours", us, **cell)
+
+
+if __name__ == "__main__":
+    main()
