@@ -1,9 +1,9 @@
 """The packed operators as Triton kernels.
 
 A *unit* is a run of codes that fits into 32 bits: 16, 8, 8 and 4 codes at 2, 3, 4 and 8 bits. Units are whole words,
-but for 3 bits, where four units of 24 bits lie in three words. A tile is a power of two of rows within one group, so
-that a program needs one scale and one zero point a column; in act-order, where rows of a tile belong to different
-groups, it gathers them.
+but for 3 bits, where four units of 24 bits lie in three words. A tile is whole groups, or a power of two of rows of
+one group, so that a program needs few scales and zero points a column; in act-order, where each row of a tile may be
+of another group, it gathers them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from . import eager
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
 _TILE_ROWS = 128
 _TILE_COLUMNS = 64
+_PRODUCT_ROWS = 2048
 
 
 @triton.jit
@@ -79,74 +80,62 @@ def _codes(q_ptr, tile, column, rows, columns, BITS: tl.constexpr, UNIT: tl.cons
 def _dequantize_kernel(
     q_ptr, z_ptr, s_ptr, g_ptr, out_ptr, rows, columns, group_size,
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, ACT_ORDER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
     codes, row = _codes(q_ptr, tile, column, rows, columns, BITS, UNIT, ROWS)
     if ACT_ORDER:
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
         group = tl.load(g_ptr + row, mask=row < rows, other=0)[:, None]
-        mask = (row < rows)[:, None] & inside[None, :]
         zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
         scales = tl.load(s_ptr + group * columns + column[None, :], mask=mask, other=0).to(tl.float32)
+        weight = (codes - zeros).to(tl.float32) * scales
     else:
-        group = tile * ROWS // group_size
-        zeros = _zero_points(z_ptr, group, column, columns, inside, BITS, V1)[None, :]
-        scales = tl.load(s_ptr + group * columns + column, mask=inside, other=0).to(tl.float32)[None, :]
-    weight = (codes - zeros).to(tl.float32) * scales
+        group = (tile * ROWS // group_size + tl.arange(0, GROUPS))[:, None]
+        mask = (group * group_size < rows) & (column < columns)[None, :]
+        zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
+        scales = tl.load(s_ptr + group * columns + column[None, :], mask=mask, other=0).to(tl.float32)
+        codes = tl.reshape(codes, (GROUPS, ROWS // GROUPS, COLUMNS))
+        weight = tl.reshape((codes - zeros[:, None, :]).to(tl.float32) * scales[:, None, :], (ROWS, COLUMNS))
     pointers = out_ptr + row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
+    tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
-def _grad_scales_kernel(
-    x_ptr, dy_ptr, q_ptr, z_ptr, partial_ptr, tokens, rows, columns, group_size,
+def _sum_over_rows_kernel(
+    dw_ptr, q_ptr, z_ptr, out_ptr, first_tile, rows, columns, group_size,
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, SWIZZLE: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `x^T dy`, multiplied by `q - z` and summed over its rows: fp32 `[tiles, columns]`."""
-    program = tl.program_id(0)
-    tiles = tl.cdiv(rows, ROWS)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    # neighbouring programs share rows of x and columns of dy in the L2 cache
-    in_block = SWIZZLE * column_tiles
-    first = program // in_block * SWIZZLE
-    height = tl.minimum(tiles - first, SWIZZLE)
-    tile = first + program % in_block % height
-    column = program % in_block // height * COLUMNS + tl.arange(0, COLUMNS)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = column < columns
-    product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, tokens, TOKENS):
-        token = start + tl.arange(0, TOKENS)
-        x = tl.load(
-            x_ptr + token[None, :].to(tl.int64) * rows + row[:, None],
-            mask=(token < tokens)[None, :] & (row < rows)[:, None],
-            other=0,
-        )
-        dy = tl.load(
-            dy_ptr + token[:, None].to(tl.int64) * columns + column[None, :],
-            mask=(token < tokens)[:, None] & inside[None, :],
-            other=0,
-        )
-        product = tl.dot(x, dy, product, input_precision="ieee")
-    codes, _ = _codes(q_ptr, tile, column, rows, columns, BITS, UNIT, ROWS)
-    zeros = _zero_points(z_ptr, tile * ROWS // group_size, column, columns, inside, BITS, V1)
-    centered = (codes - zeros[None, :]).to(tl.float32)
-    tl.store(partial_ptr + tile * columns + column, tl.sum(product * centered, axis=0), mask=inside)
+    """`sum over rows of dW * (q - z)` for each group of a tile; `dw_ptr` begins at the row of `first_tile`."""
+    tile = first_tile + tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    codes, row = _codes(q_ptr, tile, column, rows, columns, BITS, UNIT, ROWS)
+    group = (tile * ROWS // group_size + tl.arange(0, GROUPS))[:, None]
+    mask = (group * group_size < rows) & (column < columns)[None, :]
+    zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
+    pointers = dw_ptr + (row - first_tile * ROWS)[:, None].to(tl.int64) * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    dw = tl.reshape(tl.load(pointers, mask=inside, other=0).to(tl.float32), (GROUPS, ROWS // GROUPS, COLUMNS))
+    codes = tl.reshape(codes, (GROUPS, ROWS // GROUPS, COLUMNS))
+    sums = tl.sum(dw * (codes - zeros[:, None, :]).to(tl.float32), axis=1)
+    tl.store(out_ptr + (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * columns + column[None, :], sums, mask=mask)
 
 
-def _tile_rows(rows: int, group_size: int, bits: int) -> int:
-    """The largest power of two of rows that divides a group, up to a limit; at least one unit."""
-    whole = rows if group_size >= rows else group_size
-    divisor = min(_TILE_ROWS, whole & -whole) if group_size < rows else _TILE_ROWS
-    return max(divisor, _UNIT_CODES[bits])
+def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
+    """Rows of a tile and groups in it: whole groups, or a power of two of rows that divides a group.
 
-
-def _tiles_fit(rows: int, group_size: int, bits: int) -> bool:
-    """Whether tiles lie within groups: false for groups that are no multiple of a unit."""
-    return group_size >= rows or group_size % _UNIT_CODES[bits] == 0
+    None for group sizes that neither fits: such a layout is treated as act-order.
+    """
+    if group_size >= rows:
+        return _TILE_ROWS, 1
+    power_of_two = group_size & -group_size
+    if power_of_two == group_size and group_size <= _TILE_ROWS:
+        return _TILE_ROWS, _TILE_ROWS // group_size
+    if power_of_two >= _UNIT_CODES[bits]:
+        return min(power_of_two, _TILE_ROWS), 1
+    return None
 
 
 def dequantize(
@@ -160,12 +149,12 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     rows, columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    if g_idx is None and not _tiles_fit(rows, group_size, bits):
+    tile = _tile(rows, group_size, bits)
+    if tile is None and g_idx is None:
         g_idx = torch.arange(rows, dtype=torch.int32, device=qweight.device) // group_size
-    tile_rows = _TILE_ROWS if g_idx is not None else _tile_rows(rows, group_size, bits)
+    tile_rows, tile_groups = (_TILE_ROWS, 1) if tile is None else tile
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
-    grid = triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(rows, tile_rows)
-    _dequantize_kernel[grid](
+    _dequantize_kernel[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(rows, tile_rows))](
         qweight,
         qzeros,
         scales,
@@ -179,6 +168,7 @@ def dequantize(
         V1=zero_offset,
         ACT_ORDER=g_idx is not None,
         ROWS=tile_rows,
+        GROUPS=tile_groups,
         COLUMNS=_TILE_COLUMNS,
         num_warps=4,
     )
@@ -221,36 +211,41 @@ def linear_grad_scales(
     group_size: int,
     zero_offset: int,
 ) -> torch.Tensor:
+    """`dW` is formed by cuBLAS, in the dtype of `x` and a tile of rows at a time, and summed at once by a kernel.
+
+    On an H100 that is faster than one kernel that keeps `dW` in registers, by a fifth (see `benchmarks/kernels.py`).
+    """
     rows, columns = x.shape[-1], dy.shape[-1]
-    tile_rows = _tile_rows(rows, group_size, bits)
-    if g_idx is not None or not _tiles_fit(rows, group_size, bits) or tile_rows < 16:  # 16: the least of a product
+    tile = _tile(rows, group_size, bits)
+    if g_idx is not None or tile is None:
         return eager.linear_grad_scales(x, dy, qweight, qzeros, g_idx, bits, group_size, zero_offset)
-    x, dy = x.reshape(-1, rows).contiguous(), dy.reshape(-1, columns).contiguous()
+    tile_rows, tile_groups = tile
     tiles = triton.cdiv(rows, tile_rows)
-    partial = torch.empty(tiles, columns, dtype=torch.float32, device=x.device)
-    block_columns = 128
-    _grad_scales_kernel[(tiles * triton.cdiv(columns, block_columns),)](
-        x,
-        dy,
-        qweight,
-        qzeros,
-        partial,
-        x.shape[0],
-        rows,
-        columns,
-        group_size,
-        BITS=bits,
-        UNIT=_UNIT_CODES[bits],
-        V1=zero_offset,
-        ROWS=tile_rows,
-        COLUMNS=block_columns,
-        TOKENS=64 if x.dtype != torch.float32 else 32,
-        SWIZZLE=8,
-        num_warps=8,
-        num_stages=3,
-    )
+    sums = torch.empty(tiles * tile_groups, columns, dtype=torch.float32, device=x.device)
+    x, dy = x.reshape(-1, rows), dy.reshape(-1, columns)
+    tiles_in_product = max(1, _PRODUCT_ROWS // tile_rows)
+    for first_tile in range(0, tiles, tiles_in_product):
+        first_row = first_tile * tile_rows
+        dw = x[:, first_row : first_row + tiles_in_product * tile_rows].t() @ dy
+        _sum_over_rows_kernel[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(dw.shape[0], tile_rows))](
+            dw,
+            qweight,
+            qzeros,
+            sums,
+            first_tile,
+            rows,
+            columns,
+            group_size,
+            BITS=bits,
+            UNIT=_UNIT_CODES[bits],
+            V1=zero_offset,
+            ROWS=tile_rows,
+            GROUPS=tile_groups,
+            COLUMNS=_TILE_COLUMNS,
+            num_warps=4,
+        )
     groups = qzeros.shape[0]
-    if tiles == groups:
-        return partial
+    if tile_rows >= group_size or tiles == groups:
+        return sums[:groups]
     group = torch.arange(tiles, device=x.device) * tile_rows // group_size
-    return partial.new_zeros(groups, columns).index_add_(0, group, partial)
+    return sums.new_zeros(groups, columns).index_add_(0, group, sums)

@@ -64,7 +64,8 @@ def test_sizes_and_dtypes(dtype, rows, columns):
 @pytest.mark.parametrize("tokens", (1, 70))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_scale_gradient(bits, layout, tokens):
+def test_scale_gradient(bits, layout, tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "_PRODUCT_ROWS", 64)
     packed, t, layout_arguments = arguments(bits, layout, 1)
     generator = torch.Generator().manual_seed(tokens)
     x, dy = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
