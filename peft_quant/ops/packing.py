@@ -39,7 +39,7 @@ def unpack_rows(packed: torch.Tensor, bits: int) -> torch.Tensor:
     columns = packed.shape[1]
     if bits == 3:
         return _unpack_3_bits(packed).view(-1, columns)
-    octets = packed.contiguous().view(torch.uint8).view(-1, columns, 4).transpose(1, 2).contiguous()
+    octets = packed.reshape(-1).view(torch.uint8).view(-1, columns, 4).transpose(1, 2).contiguous()
     if bits == 8:
         return octets.view(-1, columns)
     codes = octets.new_empty(octets.shape[0], 4, 8 // bits, columns)

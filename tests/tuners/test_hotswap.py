@@ -41,6 +41,7 @@ def test_takes_the_new_values_in_place(checkpoint, swapped, tmp_path, input_ids)
 def test_a_compiled_model_is_not_compiled_again(checkpoint, swapped, tmp_path, input_ids):
     second = adapter(checkpoint, tmp_path / "second")
     expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
+    torch._dynamo.reset()
     with torch._dynamo.config.patch(disable=False, error_on_recompile=True), torch.no_grad():
         compiled = torch.compile(swapped, backend="aot_eager")
         compiled(input_ids=input_ids, use_cache=False)
