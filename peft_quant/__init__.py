@@ -8,7 +8,12 @@ from .compat import require_supported_peft
 
 require_supported_peft()
 
-from .gptq import InvalidCheckpointError, RepackedLayerError  # noqa: E402
+from .gptq import (  # noqa: E402
+    InvalidCheckpointError,
+    RepackedLayerError,
+    prepare_gptq_for_training,
+    restore_gptq_forward,
+)
 from .tuners.hotswap import hotswap_adapter  # noqa: E402
 from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
 from .tuners.proof import TrainingError  # noqa: E402
@@ -24,4 +29,6 @@ __all__ = [
     "TrainingError",
     "hotswap_adapter",
     "merge_checkpoint",
+    "prepare_gptq_for_training",
+    "restore_gptq_forward",
 ]

@@ -1,6 +1,7 @@
 """The packed format: GPTQ layers and checkpoints, read by what their tensors say."""
 
 from .check import InvalidCheckpointError, PackedTensors
+from .training import prepare_gptq_for_training, restore_gptq_forward
 from .view import PackedFormat, RepackedLayerError, dequantize, is_packed, linear, packed_tensors, read_format
 
 
@@ -13,5 +14,7 @@ __all__ = [
     "is_packed",
     "linear",
     "packed_tensors",
+    "prepare_gptq_for_training",
     "read_format",
+    "restore_gptq_forward",
 ]

@@ -50,8 +50,9 @@ def keep_checkpoint_format(model: nn.Module) -> None:
 
 
 def _to_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
-    for key, _, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
-        state_dict[key] = convert_zeros(state_dict[key], bits, in_memory, declared)
+    for key, qzeros, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
+        if torch.equal(state_dict[key], qzeros):  # not yet translated, by the hook of a model within this one
+            state_dict[key] = convert_zeros(state_dict[key], bits, in_memory, declared)
 
 
 def _from_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:

@@ -36,6 +36,16 @@ def test_transformers_alone_shifts_the_zero_points(tmp_path, model, checkpoint):
     assert not torch.equal(original["model.layers.0.mlp.up_proj.qzeros"], saved["model.layers.0.mlp.up_proj.qzeros"])
 
 
+def test_models_within_models_translate_once(model, checkpoint):
+    keep_checkpoint_format(model)
+    keep_checkpoint_format(model.model)
+    name = "model.layers.0.mlp.up_proj.qzeros"
+    assert torch.equal(model.state_dict()[name], load_file(checkpoint / "model.safetensors")[name])
+    before = model.get_submodule("model.layers.0.mlp.up_proj").qzeros.clone()
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model.get_submodule("model.layers.0.mlp.up_proj").qzeros, before)
+
+
 def test_state_dict_round_trip_and_memory_are_untouched(model, input_ids):
     keep_checkpoint_format(model)
     before = model.model.layers[0].mlp.up_proj.qzeros.clone()

@@ -1,0 +1,68 @@
+"""GPTQ layers that train lean, under any PEFT method."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .view import PackedFormat, is_packed, linear, read_format
+from .zero_points import keep_checkpoint_format
+
+
+def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
+    """Make a model's GPTQ layers decode their weights again in backward instead of keeping them dense.
+
+    The kernels that GPTQ packages train with save every decoded weight for backward: 2 bytes a weight in 16 bits, four
+    times the packed one. This puts [`peft_quant.gptq.linear`] in the place of the layers' forward (EMEF, 2306.08162),
+    so that any PEFT method on them (LoRA, DoRA, OFT, IA3, ...) trains in the memory of the packed model. PEQA does so
+    on its own.
+
+    Works in place, before or after `get_peft_model`, and again on the same model. Tensors, state dicts and saved
+    checkpoints stay as they are, but for zero points that `save_pretrained` would have shifted: they are written as
+    the model's config declares them. [`restore_gptq_forward`] undoes it.
+
+    Args:
+        model: a model with GPTQ layers.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has no GPTQ layers.
+        RepackedLayerError, InvalidCheckpointError: as [`peft_quant.gptq.read_format`]. No layer is changed then.
+    """
+    layers = {name: module for name, module in model.named_modules() if is_packed(module)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no GPTQ layers to prepare. Load a GPTQ checkpoint with "
+            '`quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`.'
+        )
+    formats = {name: read_format(layer, name) for name, layer in layers.items() if not _is_prepared(layer)}
+    for name, packed in formats.items():
+        layers[name].forward = partial(_forward, layers[name], packed)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            keep_checkpoint_format(module)
+            break
+    return model
+
+
+def restore_gptq_forward(model: nn.Module) -> nn.Module:
+    """Undo [`prepare_gptq_for_training`]: the layers use their kernel's forward again."""
+    for module in model.modules():
+        if _is_prepared(module):
+            del module.forward
+    return model
+
+
+def _is_prepared(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
+
+
+def _forward(layer: nn.Module, packed: PackedFormat, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return linear(layer, packed, x)
