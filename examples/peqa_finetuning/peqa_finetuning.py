@@ -44,9 +44,9 @@ for noisy in ("torchao", "torch.utils._pytree", "optimum"):
 import torch  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 from demo_assets import float_model, king_james, wikipedia  # noqa: E402
-from evaluate import evaluate, probe_logits, windows  # noqa: E402
 from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
 from logbar import LogBar  # noqa: E402
+from measure import evaluate, probe_logits, windows  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -264,7 +264,7 @@ def evaluate_in_fresh_process(
 ) -> dict[str, float]:
     """Perplexities of the merged checkpoint, by a process that imports transformers and never peft_quant."""
     output = merged.with_suffix(".json")
-    command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), str(merged), str(output)]
+    command = [sys.executable, str(Path(__file__).with_name("measure.py")), str(merged), str(output)]
     command += ["--windows", str(len(held_out["tuned"]))]
     for name in texts:
         command += ["--text", f"{name}={work / name}.txt"]

@@ -1,6 +1,6 @@
 """Packed operators on a GPU, against the copy bandwidth and bf16 products of the same run.
 
-    python benchmarks/kernels.py --out benchmarks/results
+    python benchmarks/operators.py --out benchmarks/results
 
 Times are medians of `triton.testing.do_bench`. Bytes count what an operator must move at least.
 """

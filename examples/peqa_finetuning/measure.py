@@ -1,6 +1,6 @@
 """Perplexity and a few logits of a checkpoint, with transformers alone.
 
-    python evaluate.py CHECKPOINT out.json --tokenizer DIR --text in=FILE --text out=FILE
+    python measure.py CHECKPOINT out.json --tokenizer DIR --text in=FILE --text out=FILE
 
 Knows nothing of peft_quant: a merged model must need nothing but what serves any GPTQ checkpoint.
 """
