@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .view import PackedFormat, is_packed, linear, read_format
+from .view import is_packed, linear, read_format
 from .zero_points import keep_checkpoint_format
 
 
@@ -43,7 +43,9 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
         )
     formats = {name: read_format(layer, name) for name, layer in layers.items() if not _is_prepared(layer)}
     for name, packed in formats.items():
-        layers[name].forward = partial(_forward, layers[name], packed)
+        layer: Any = layers[name]
+        layer._lean_format = packed
+        layer.__class__ = _lean_class(type(layer))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             keep_checkpoint_format(module)
@@ -55,14 +57,20 @@ def restore_gptq_forward(model: nn.Module) -> nn.Module:
     """Undo [`prepare_gptq_for_training`]: the layers use their kernel's forward again."""
     for module in model.modules():
         if _is_prepared(module):
-            del module.forward
+            del module._lean_format
+            module.__class__ = type(module).__bases__[0]
     return model
 
 
 def _is_prepared(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return isinstance(forward, partial) and forward.func is _forward
+    return "_lean_format" in vars(module)
 
 
-def _forward(layer: nn.Module, packed: PackedFormat, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return linear(layer, packed, x)
+@cache
+def _lean_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """A kernel's class with our forward: a class, because torch.compile would compile a method set on each layer anew."""
+    return type(layer_class.__name__, (layer_class,), {"forward": _forward, "__module__": layer_class.__module__})
+
+
+def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return linear(layer, layer._lean_format, x)

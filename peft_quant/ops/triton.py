@@ -18,7 +18,7 @@ from . import eager
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
 _TILE_ROWS = 128
 _TILE_COLUMNS = 64
-_PRODUCT_ROWS = 2048
+_PRODUCT_ROWS = 4096
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def test_stays_undone_done_and_done_twice(model, input_ids):
     assert torch.equal(copy.deepcopy(model)(input_ids=input_ids).logits, lean)
     restore_gptq_forward(model)
     assert torch.equal(logits(), kernel)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("_lean_format" in vars(module) for module in model.modules())
 
 
 def test_a_copy_uses_its_own_tensors(model, input_ids):
@@ -136,7 +136,7 @@ def test_bad_input(checkpoint, input_ids):
         repacked(input_ids=input_ids)
     with pytest.raises(RepackedLayerError, match="gptq_torch"):
         prepare_gptq_for_training(repacked)
-    assert not any("forward" in vars(module) for module in repacked.modules())
+    assert not any("_lean_format" in vars(module) for module in repacked.modules())
 
 
 def test_is_public():

@@ -70,7 +70,10 @@ class PEQALayer(BaseTunerLayer):
         return round_scales_straight_through(scales, self.packed.scale_dtype, self._serving_dtype(adapter_names))
 
     def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:
-        return next((dtype for name in adapter_names if (dtype := self.serving_dtype[name]) is not None), None)
+        for name in adapter_names:
+            if self.serving_dtype[name] is not None:
+                return self.serving_dtype[name]
+        return None
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.peqa_scales]
