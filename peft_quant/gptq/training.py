@@ -45,7 +45,7 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
     for name, packed in formats.items():
         layer: Any = layers[name]
         layer._lean_format = packed
-        layer.__class__ = _lean_class(type(layer))
+        layer.__class__ = _lean_class(layer.__class__)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             keep_checkpoint_format(module)
@@ -68,7 +68,7 @@ def _is_prepared(module: nn.Module) -> bool:
 
 @cache
 def _lean_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """A kernel's class with our forward: a class, because torch.compile would compile a method set on each layer anew."""
+    """A kernel's class with our forward. A method set on each layer would be compiled for each by torch.compile."""
     return type(layer_class.__name__, (layer_class,), {"forward": _forward, "__module__": layer_class.__module__})
 
 

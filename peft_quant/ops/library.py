@@ -1,4 +1,4 @@
-"""The packed operators as PyTorch knows them: schemas, shape functions, dispatch and gradients.
+"""The packed operators as PyTorch knows them: schemas, shape functions and dispatch.
 
 Symbols: `M` tokens (any number of leading dimensions), `K` in-features, `N` out-features, `G` groups, `b` bits.
 
@@ -10,10 +10,6 @@ Symbols: `M` tokens (any number of leading dimensions), `K` in-features, `N` out
 | `scales` | `[G, N]` floating point | scales; the product is formed with their fp32 value |
 | `g_idx` | `[K]` int32, or None | group of every row (act-order); None when row `k` is in group `k // group_size` |
 | `zero_offset` | 0 or 1 | 0: `gptq_v2` zero points, 1: `gptq` (v1) ones, stored minus one |
-
-`peft_quant::linear` is differentiable in `x` and `scales`. It saves the packed tensors, and `x` only if a scale
-gradient is wanted; the weight is decoded again in backward. With one group (`group_size=-1` in GPTQ's terms) it saves
-its output in place of `x`, because `dscales[n] = sum_m dy[m, n] * y[m, n] / scales[n]` then needs no product.
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ from types import ModuleType
 import torch
 
 from . import eager
+from .autograd import PackedLinear
 
 
 _PACKED = "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int group_size, int zero_offset"
@@ -77,34 +74,6 @@ def _(x, dy, qweight, qzeros, g_idx, bits, group_size, zero_offset):
     return x.new_empty(qzeros.shape[0], qweight.shape[1], dtype=torch.float32)
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, qweight, qzeros, scales, g_idx, ctx.bits, ctx.group_size, ctx.zero_offset = inputs
-    ctx.one_group = scales.shape[0] == 1
-    saved = None
-    if ctx.needs_input_grad[3]:
-        saved = output if ctx.one_group else x
-    ctx.save_for_backward(saved, qweight, qzeros, scales, g_idx)
-
-
-def _backward(ctx, dy):
-    saved, qweight, qzeros, scales, g_idx = ctx.saved_tensors
-    layout = (g_idx, ctx.bits, ctx.group_size, ctx.zero_offset)
-    grad_x = grad_scales = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.peft_quant.linear_grad_x(dy, qweight, qzeros, scales, *layout)
-    if ctx.needs_input_grad[3]:
-        if ctx.one_group:
-            products = (dy.float() * saved.float()).reshape(-1, dy.shape[-1])
-            grad_scales = (products.sum(0, keepdim=True) / scales).to(scales.dtype)
-        else:
-            grad_scales = torch.ops.peft_quant.linear_grad_scales(saved, dy, qweight, qzeros, *layout)
-            grad_scales = grad_scales.to(scales.dtype)
-    return grad_x, None, None, grad_scales, None, None, None, None
-
-
-torch.library.register_autograd("peft_quant::linear", _backward, setup_context=_save_for_backward)
-
-
 def dequantize(
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -133,4 +102,4 @@ def linear(
 
     The gradient of `scales` has their dtype: pass them in fp32 where they train.
     """
-    return torch.ops.peft_quant.linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)
+    return PackedLinear.apply(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)

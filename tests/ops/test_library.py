@@ -123,13 +123,11 @@ def test_opcheck(bits, layout):
         )
         torch.library.opcheck(
             operators.linear.default,
-            (x.requires_grad_(), qweight, qzeros, scales.requires_grad_(), *layout_arguments, 1),
+            (x, qweight, qzeros, scales, *layout_arguments, 1),
         )
-        packed = (qweight, qzeros, scales.detach(), *layout_arguments, 1)
+        packed = (qweight, qzeros, scales, *layout_arguments, 1)
         torch.library.opcheck(operators.linear_grad_x.default, (dy, *packed))
-        torch.library.opcheck(
-            operators.linear_grad_scales.default, (x.detach(), dy, qweight, qzeros, *layout_arguments, 1)
-        )
+        torch.library.opcheck(operators.linear_grad_scales.default, (x, dy, qweight, qzeros, *layout_arguments, 1))
 
 
 @pytest.mark.parametrize("layout", ("per channel", "grouped"))
