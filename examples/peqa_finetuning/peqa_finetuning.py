@@ -147,6 +147,7 @@ def train(settings: Settings, validation_text: str, directory: Path) -> None:
         save_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
+        disable_tqdm=False,
         seed=settings.seed,
     )
     Trainer(

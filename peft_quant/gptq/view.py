@@ -94,12 +94,18 @@ def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
     Raises:
         RepackedLayerError: the layer's kernel holds the weights in a layout of its own.
         InvalidCheckpointError: the tensors contradict each other or the layer, or hold values out of range.
+        ValueError: the layer's tensors are offloaded.
     """
     kind = type(layer).__name__
     name = f"{name} ({kind})" if name else kind
     _refuse_repacked(layer, name)
     tensors = packed_tensors(layer)
     qweight, qzeros, scales, g_idx = tensors
+    if qweight.is_meta and hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            f"{name} is offloaded by accelerate and cannot be trained. Load the model with a `device_map` that keeps "
+            "every layer on a GPU, or every layer on the CPU."
+        )
     bits = check_packed_tensors(name, tensors)
     _check_stated_shape(layer, name, bits, g_idx.numel(), qweight.shape[1])
     offset = zero_offset(layer, name)

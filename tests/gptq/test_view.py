@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from auto_gptq_layers import auto_gptq_linear
 from gptq_models import PlainLayer, load, random_packed, save_tiny_llama
 from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
@@ -152,6 +153,13 @@ def test_cpu_kernels_are_accepted_before_their_first_evaluation_and_refused_afte
         model(input_ids)
     with pytest.raises(gptq.RepackedLayerError, match=r'repacked.*backend="gptq_torch"'):
         gptq.read_format(layer, "q_proj")
+
+
+def test_offloaded_layers_are_refused(checkpoint):
+    model = load(checkpoint)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    with pytest.raises(ValueError, match=r"q_proj \(TorchLinear\) is offloaded by accelerate"):
+        gptq.read_format(model.model.layers[0].self_attn.q_proj, "q_proj")
 
 
 def test_planar_layers_are_refused():
