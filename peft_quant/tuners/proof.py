@@ -48,16 +48,6 @@ class _Snapshot:
                 for buffer_name, buffer in layer.get_base_layer().named_buffers():
                     self.frozen[f"{name}.{buffer_name}"] = buffer, buffer._version
 
-    def involves(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds any tensor of the model in a group whose learning rate is above zero."""
-        mine = {id(tensor) for tensor, _ in [*self.trained.values(), *self.frozen.values()]}
-        return any(
-            id(parameter) in mine
-            for group in optimizer.param_groups
-            if float(group.get("lr", 1.0)) > 0
-            for parameter in group["params"]
-        )
-
     def check(self) -> None:
         changed = [name for name, (tensor, version) in self.frozen.items() if tensor._version != version]
         if changed:
@@ -87,13 +77,12 @@ class _Proof:
         model = self.model()
         if model is None:
             return
-        snapshot = _Snapshot(model, self.layer_class)
-        if snapshot.trained and snapshot.involves(optimizer):
-            self.snapshot = snapshot
+        if _involves(optimizer, model):
+            self.snapshot = _Snapshot(model, self.layer_class)
 
     def after_step(self, *_: Any) -> None:
         snapshot, self.snapshot = self.snapshot, None
-        if snapshot is not None:
+        if snapshot is not None and snapshot.trained:
             self.close()
             snapshot.check()
 
@@ -120,6 +109,12 @@ def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> Non
     """
     if model not in _under_proof:
         _under_proof[model] = _Proof(model, layer_class)
+
+
+def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer holds a parameter of the model in a group whose learning rate is above zero."""
+    updated = {id(p) for group in optimizer.param_groups if float(group.get("lr", 1)) > 0 for p in group["params"]}
+    return any(id(parameter) in updated for parameter in model.parameters())
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,16 @@ def test_a_model_that_is_never_trained_leaves_nothing_behind():
     assert hooks() == before
 
 
+def test_a_second_adapter_is_under_proof_too():
+    before = hooks()
+    peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))
+    peft_model.add_adapter("second", PEQAConfig())
+    assert hooks() == before + 2
+    peft_model.set_adapter("second")
+    with pytest.raises(TrainingError, match="none of the 2 adapter tensors"):
+        torch.optim.AdamW(trainable(peft_model), lr=1e-4).step()
+
+
 def test_inference_needs_no_proof():
     before = hooks()
     peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))

@@ -111,7 +111,7 @@ def _check_base(
             )
     found = fingerprint(_layer_digest(checkpoint, name.removesuffix(".scales"), declared) for name in deltas)
     expected: dict[str, Any] | None = config.base_quantization
-    if expected is not None and expected["fingerprint"] != found:
+    if expected is not None and expected.get("fingerprint") != found:
         raise ValueError(
             f"This adapter was trained on another base model: it expects {expected}, {checkpoint.directory} has "
             f"fingerprint {found}. Pass the base it was trained on ({config.base_model_name_or_path}), unchanged."

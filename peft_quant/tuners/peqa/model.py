@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,6 +67,9 @@ class PEQAModel(BaseTuner):
         packed_layers = self._packed_layers()
         if not packed_layers:
             raise ValueError(_no_packed_layers(self.model))
+        # a copy, because what is filled in here belongs to this base, and the user may reuse the config on another
+        peft_config, given = copy(peft_config), peft_config
+        self.peft_config.update({name: peft_config for name, config in self.peft_config.items() if config is given})
         target = peft_config.target_modules
         if target is None or (isinstance(target, str) and target.lower() == _ALL_LINEAR):
             peft_config.target_modules = self._default_targets(peft_config, packed_layers)
@@ -131,7 +135,7 @@ class PEQAModel(BaseTuner):
             digests.append(layer_digest(tensors, packed.bits, packed.zero_offset))
         found = describe_base(list(self._formats.values()), checkpoint_format(self.model), fingerprint(digests))
         expected = config.base_quantization
-        if expected is not None and expected["fingerprint"] != found["fingerprint"]:
+        if expected is not None and expected.get("fingerprint") != found["fingerprint"]:
             raise ValueError(
                 f"This adapter was trained on another base model: it expects {expected}, this model is {found}. Load "
                 f"the base it was trained on ({config.base_model_name_or_path}), unchanged."
@@ -161,9 +165,10 @@ class PEQAModel(BaseTuner):
         # PEFT's own copies `weight` to the new module, which GPTQ layers do not have
         setattr(parent, child_name, new_module)
 
-    def _post_injection_hook(self, model: nn.Module, config: PEQAConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_checkpoint_format(model)
-        if not config.inference_mode:
+        if not self.peft_config[adapter_name].inference_mode:
             prove_first_step(model, PEQALayer)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
