@@ -38,6 +38,15 @@ def versions(*packages: str) -> str:
     return "; ".join(found)
 
 
+def _command() -> str:
+    """The command of this process, but for where it writes."""
+    arguments = sys.argv.copy()
+    if "--out" in arguments:
+        position = arguments.index("--out")
+        del arguments[position : position + 2]
+    return shlex.join(["python", *arguments])
+
+
 def append(table: str, directory: Path, **row: Any) -> None:
     """Append one row; columns that are not given stay empty.
 
@@ -52,7 +61,7 @@ def append(table: str, directory: Path, **row: Any) -> None:
         "date": datetime.date.today().isoformat(),
         "gpu": device_name(),
         "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         **row,
     }
     directory.mkdir(parents=True, exist_ok=True)
