@@ -101,6 +101,46 @@ class PlainMLP(nn.Module):
         return self.head(self.down(torch.relu(self.up(x))))
 
 
+def tiny_config(**options) -> LlamaConfig:
+    """A Llama with grouped-query attention; its 96 intermediate features make groups of 64 ragged."""
+    defaults = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**{**defaults, **options})
+
+
+def saved_for_backward(model: nn.Module, input_ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a training forward pass, beside the model's own tensors."""
+    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in resident:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.train()(input_ids=input_ids, labels=input_ids).loss
+    del loss
+    return sum(kept.values())
+
+
+DENSE_BYTES = sum(64 * columns for columns in (64, 32, 32, 64, 96, 96, 96)) * 2 * 4
+"""fp32 bytes of the packed weights of [`tiny_config`]'s two layers."""
+
+
 def save_tiny_llama(
     directory: Path,
     bits: int = 4,
@@ -111,21 +151,8 @@ def save_tiny_llama(
     seed: int = 0,
     shards: int = 1,
 ) -> Path:
-    """Write a GPTQ checkpoint of a random two-layer Llama with grouped-query attention; 96 rows make 64 ragged."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    """Write a GPTQ checkpoint of a random [`tiny_config`] model."""
+    config = tiny_config()
     torch.manual_seed(seed)
     tensors = {name: tensor.half() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:

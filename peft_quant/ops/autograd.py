@@ -12,27 +12,20 @@ from typing import Any
 import torch
 
 
+_SCALES = 3  # position among the inputs
+
+
 class PackedLinear(torch.autograd.Function):
-    """`y = x @ W`, differentiable in `x` and `scales`."""
+    """`y = x @ W`, differentiable in `x` and `scales`; arguments as those of `peft_quant::linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        qweight: torch.Tensor,
-        qzeros: torch.Tensor,
-        scales: torch.Tensor,
-        g_idx: torch.Tensor | None,
-        bits: int,
-        group_size: int,
-        zero_offset: int,
-    ) -> torch.Tensor:
-        y = torch.ops.peft_quant.linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)
+    def forward(ctx: Any, x: torch.Tensor, *packed: Any) -> torch.Tensor:
+        qweight, qzeros, scales, g_idx, *ctx.layout = packed
+        y = torch.ops.peft_quant.linear(x, *packed)
         saved = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[_SCALES]:
             saved = y if scales.shape[0] == 1 else x
         ctx.save_for_backward(saved, qweight, qzeros, scales, g_idx)
-        ctx.layout = bits, group_size, zero_offset
         return y
 
     @staticmethod
@@ -41,7 +34,7 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_scales = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.peft_quant.linear_grad_x(dy, qweight, qzeros, scales, g_idx, *ctx.layout)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[_SCALES]:
             if scales.shape[0] == 1:
                 products = (dy.float() * saved.float()).reshape(-1, dy.shape[-1])
                 grad_scales = products.sum(0, keepdim=True) / scales

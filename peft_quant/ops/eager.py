@@ -1,13 +1,15 @@
 """The packed products in plain PyTorch: the path of every device without a kernel of its own.
 
 Weights are decoded a block of rows at a time, so that the integers in flight stay in the CPU's cache, and the scale
-gradient is formed a block of rows at a time, so that no dense `[K, N]` gradient ever exists.
+gradient is formed a block of rows at a time, so that no dense `[K, N]` gradient ever exists. `*packed` stands for the
+arguments from `qweight` to `zero_offset` of `library.py`'s table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,33 +99,15 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 
-def linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
     dtype = _compute_dtype(x)
-    weight = dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
+    weight = dequantize(*packed, dtype=dtype)
     return (x.to(dtype) @ weight).to(x.dtype)
 
 
-def linear_grad_x(
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
+def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
     dtype = _compute_dtype(dy)
-    weight = dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
+    weight = dequantize(*packed, dtype=dtype)
     return (dy.to(dtype) @ weight.t()).to(dy.dtype)
 
 

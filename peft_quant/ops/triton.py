@@ -8,6 +8,8 @@ of another group, it gathers them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -175,30 +177,12 @@ def dequantize(
     return out
 
 
-def linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
-    return x @ dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, x.dtype)
+def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
+    return x @ dequantize(*packed, dtype=x.dtype)
 
 
-def linear_grad_x(
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
-    return dy @ dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dy.dtype).t()
+def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
+    return dy @ dequantize(*packed, dtype=dy.dtype).t()
 
 
 def linear_grad_scales(

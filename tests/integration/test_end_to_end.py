@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from gptq_models import load
+from gptq_models import load, tiny_config
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_quant import PEQAConfig, gptq, merge_checkpoint
 from peft_quant.gptq.quantize import quantize_checkpoint
@@ -39,19 +39,7 @@ def float_model(tmp_path_factory):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    LlamaForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(directory)
     return directory
 
 
