@@ -101,13 +101,13 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
     dtype = _compute_dtype(x)
-    weight = dequantize(*packed, dtype=dtype)
+    weight = dequantize(*(*packed, dtype))
     return (x.to(dtype) @ weight).to(x.dtype)
 
 
 def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
     dtype = _compute_dtype(dy)
-    weight = dequantize(*packed, dtype=dtype)
+    weight = dequantize(*(*packed, dtype))
     return (dy.to(dtype) @ weight.t()).to(dy.dtype)
 
 

@@ -178,11 +178,11 @@ def dequantize(
 
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
-    return x @ dequantize(*packed, dtype=x.dtype)
+    return x @ dequantize(*(*packed, x.dtype))
 
 
 def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
-    return dy @ dequantize(*packed, dtype=dy.dtype).t()
+    return dy @ dequantize(*(*packed, dy.dtype)).t()
 
 
 def linear_grad_scales(
