@@ -94,13 +94,17 @@ class PEQALayer(BaseTunerLayer):
         all_merged = [*self.merged_adapters, *adapter_names]
         scales = gptq.packed_tensors(self.get_base_layer()).scales
         with torch.no_grad():
-            for name in adapter_names:
-                check_finite(f"adapter {name!r}", self.peqa_scales[name])
+            self.check_finite(adapter_names)
             merged = self.tuned_scales(all_merged)
             if self._unmerged_scales is None:
                 self._unmerged_scales = scales.clone()
             scales.copy_(merged)
         self.merged_adapters = all_merged
+
+    def check_finite(self, adapter_names: list[str], layer_name: str = "layer") -> None:
+        """Raise a `ValueError` naming the adapter if one of the given ones holds NaN or infinite values."""
+        for name in self._own(adapter_names):
+            check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
     def unmerge(self) -> None:
         """Give the base layer its own scales back, bit by bit."""

@@ -171,6 +171,13 @@ class PEQAModel(BaseTuner):
         if not self.peft_config[adapter_name].inference_mode:
             prove_first_step(model, PEQALayer)
 
+    def _check_merge_allowed(self) -> None:
+        """Check all layers before the first is merged, so that a damaged adapter leaves none of them merged."""
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, PEQALayer):
+                layer.check_finite(layer.active_adapters, name)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         quantization_config: Any = getattr(getattr(model, "config", None), "quantization_config", None)

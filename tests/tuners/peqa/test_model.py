@@ -477,13 +477,17 @@ class TestMergeOfSeveral:
         assert all(torch.equal(saved[name], base[name]) for name in base)
 
     def test_nan_is_never_merged(self, tuned):
-        layer = next(iter(layers(tuned).values()))
-        layer.peqa_scales["default"].data[0, 0] = float("inf")
-        before = layer.base_scales.clone()
-        with pytest.raises(ValueError, match="adapter 'default' holds 1 NaN or infinite"):
+        *_, last = layers(tuned).values()
+        last.peqa_scales["default"].data[0, 0] = float("inf")
+        before = [layer.base_scales.clone() for layer in layers(tuned).values()]
+        with pytest.raises(ValueError, match=r"adapter 'default' of model\.layers\.1.* holds 1 NaN or infinite"):
             tuned.merge_adapter()
-        assert torch.equal(layer.get_base_layer().scales, before)
-        assert not layer.merged
+        for layer, scales in zip(layers(tuned).values(), before):
+            assert torch.equal(layer.get_base_layer().scales, scales)
+            assert not layer.merged
+        with pytest.raises(ValueError, match="adapter 'default' of layer holds 1 NaN or infinite"):
+            last.merge()
+        assert not last.merged
 
     def test_the_training_kernel_is_not_forced_on_who_serves(self, tuned, tmp_path):
         tuned.merge_and_unload().save_pretrained(tmp_path)
