@@ -60,8 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32, device_map=device)
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     texts = {
         name: windows(tokenizer, Path(file).read_text(encoding="utf-8"), arguments.window, arguments.windows)
