@@ -27,6 +27,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -93,9 +94,9 @@ class Stages:
         self.file = file
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
-    def run(self, name: str, function: Any) -> Any:
-        """The result of a stage (JSON), from the file if it is there."""
-        if name not in self.results:
+    def run(self, name: str, function: Callable[[], Any], artifact: Path | None = None) -> Any:
+        """The result of a stage (JSON): from the file, if it is there and so is what the stage made."""
+        if name not in self.results or (artifact is not None and not artifact.exists()):
             print(f"\n== {name}", flush=True)
             start = time.perf_counter()
             value = function()
@@ -178,7 +179,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     texts = read_texts(arguments, work)
     (tune_train, tune_held_out), (_, general_held_out) = texts["tuned"], texts["general"]
-    stages = Stages(work / f"results-{arguments.windows}.json")
+    evaluated_on = hashlib.sha256(f"{arguments.windows} {tune_held_out}".encode()).hexdigest()[:8]
+    stages = Stages(work / f"results-{evaluated_on}.json")
 
     base, float_directory = arguments.model, None
     if base is None:
@@ -207,19 +209,22 @@ def main() -> None:
         arguments.seed,
     )
     adapter = work / settings.name
-    stages.run(f"tune {adapter.name}", lambda: train(settings, tune_held_out, adapter))
+    stages.run(f"tune {adapter.name}", lambda: train(settings, tune_held_out, adapter), adapter)
 
     def evaluate_adapter() -> dict[str, float]:
         model = PeftModel.from_pretrained(load(base), adapter)
         torch.save(probe_logits(model, held_out["tuned"]), adapter.with_suffix(".pt"))
         return evaluate(model, held_out)
 
-    rows["GPTQ + PEQA adapter"] = stages.run(f"evaluate {adapter.name}", evaluate_adapter)
+    rows["GPTQ + PEQA adapter"] = stages.run(f"evaluate {adapter.name}", evaluate_adapter, adapter.with_suffix(".pt"))
 
     merged = work / adapter.name.replace("adapter", "merged")
-    stages.run(f"merge {merged.name}", lambda: str(peft_quant.merge_checkpoint(base, adapter, merged)))
+    if not merged.exists():
+        stages.run(f"merge {merged.name}", lambda: str(peft_quant.merge_checkpoint(base, adapter, merged)), merged)
     rows["merged, plain transformers"] = stages.run(
-        f"evaluate {merged.name}", lambda: evaluate_in_fresh_process(merged, work, held_out, texts)
+        f"evaluate {merged.name}",
+        lambda: evaluate_in_fresh_process(merged, work, held_out, texts),
+        merged.with_suffix(".pt"),
     )
 
     differences = stages.run(f"compare {merged.name}", lambda: compare(adapter, merged, held_out["tuned"]))
@@ -256,7 +261,7 @@ def quantized_demo_model(work: Path, stages: Stages, calibration_text: str) -> t
         quantize_checkpoint(float_directory, base, calibration, bits=4, group_size=64)
 
     if not base.exists():
-        stages.run("quantize to 4 bits", quantize)
+        stages.run("quantize to 4 bits", quantize, base)
     return base, float_directory
 
 
