@@ -33,13 +33,15 @@ def hotswap_adapter(
         **kwargs: Hub options such as `revision`, `subfolder` and `token`.
 
     Raises:
-        ValueError: the adapters differ in base model, targets or options, or the new one holds NaN. The model is left
-            as it was.
+        ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options;
+            the new one holds NaN. The model is left as it was.
     """
     new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(new, PEQAConfig):
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace; loaded are {sorted(model.peft_config)}.")
     old = model.peft_config[adapter_name]
     for option in ("peft_type", "serving_dtype", "base_quantization"):
         if getattr(old, option, None) != getattr(new, option):
@@ -52,6 +54,8 @@ def hotswap_adapter(
         for name, layer in model.named_modules()
         if isinstance(layer, PEQALayer) and adapter_name in layer.peqa_scales
     }
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter` before replacing it.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
     expected = {f"{name}.peqa_scales" for name in layers}
     if weights.keys() != expected:

@@ -75,9 +75,8 @@ class _Proof:
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         model = self.model()
-        if model is None:
-            return
-        if _involves(optimizer, model):
+        overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler, whose fused step then does nothing
+        if model is not None and _involves(optimizer, model) and not overflow:
             self.snapshot = _Snapshot(model, self.layer_class)
 
     def after_step(self, *_: Any) -> None:

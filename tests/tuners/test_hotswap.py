@@ -81,6 +81,14 @@ def test_nan_is_refused_before_anything_changes(checkpoint, swapped, tmp_path, i
     assert torch.equal(logits(swapped, input_ids), before)
 
 
+def test_an_adapter_that_is_absent_or_merged_is_refused(first, swapped):
+    with pytest.raises(ValueError, match=r"no adapter 'absent' to replace; loaded are \['default'\]"):
+        hotswap_adapter(swapped, first, "absent")
+    swapped.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged"):
+        hotswap_adapter(swapped, first, "default")
+
+
 def test_lora_goes_to_peft(tmp_path):
     config = LoraConfig(target_modules=["head"], init_lora_weights=False)
     model = get_peft_model(PlainMLP(), config)

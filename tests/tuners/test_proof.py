@@ -71,6 +71,17 @@ def test_warmup_from_zero_waits_for_the_first_real_step(peft_model):
     optimizer.step()
 
 
+def test_a_step_that_a_gradient_scaler_skips_is_no_proof(peft_model):
+    optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    for scale in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(peft_model(torch.randn(3, 64)).pow(2).sum() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(parameter.any() for parameter in trainable(peft_model))
+
+
 def test_other_models_are_none_of_its_business(peft_model):
     other = torch.nn.Linear(2, 2)
     torch.optim.SGD(other.parameters(), lr=0.1).step()
