@@ -177,7 +177,7 @@ def main() -> None:
         for checkpointing in arguments.checkpointing:
             try:
                 measure(arguments, method, checkpointing)
-            except Exception as error:
+            except torch.OutOfMemoryError as error:
                 print(f"{method}, checkpointing {checkpointing}: {error!r}", flush=True)
             gc.collect()
             torch.cuda.empty_cache()

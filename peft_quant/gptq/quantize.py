@@ -64,8 +64,9 @@ def quantize_checkpoint(
         written.backend = "auto"
         written.format = "gptq" if symmetric else "gptq_v2"
         keep_checkpoint_format(quantized)
+        float_dtype = AutoConfig.from_pretrained(model).dtype
         for parameter in quantized.parameters():
-            parameter.data = parameter.data.to(AutoConfig.from_pretrained(model).dtype)
+            parameter.data = parameter.data.to(float_dtype)
         quantized.save_pretrained(directory)
         AutoTokenizer.from_pretrained(model).save_pretrained(directory)
     return Path(out)
