@@ -2,7 +2,16 @@
 
 from .check import InvalidCheckpointError, PackedTensors
 from .training import prepare_gptq_for_training, restore_gptq_forward
-from .view import PackedFormat, RepackedLayerError, dequantize, is_packed, linear, packed_tensors, read_format
+from .view import (
+    PackedFormat,
+    RepackedLayerError,
+    dequantize,
+    is_packed,
+    linear,
+    lora_linear,
+    packed_tensors,
+    read_format,
+)
 
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "dequantize",
     "is_packed",
     "linear",
+    "lora_linear",
     "packed_tensors",
     "prepare_gptq_for_training",
     "read_format",

@@ -19,7 +19,7 @@ class PackedTensors(NamedTuple):
     scales: torch.Tensor
     """floating point `[G, N]`, finite and positive"""
     g_idx: torch.Tensor
-    """int32 `[K]`, with every value of `0 .. G - 1`"""
+    """int32 `[K]`, with every value of `0 .. G - 1` equally often, but for the last, which may be rarer"""
 
 
 class InvalidCheckpointError(ValueError):
@@ -70,8 +70,13 @@ def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
         return bits
     low, high = int(g_idx.min()), int(g_idx.max())
     require(low >= 0 and high < groups, f"g_idx ranges over {low}..{high}, but there are {groups} groups")
-    used = int(torch.bincount(g_idx.long(), minlength=groups).count_nonzero())
+    members = torch.bincount(g_idx.long(), minlength=groups).tolist()
+    used = sum(count > 0 for count in members)
     require(used == groups, f"g_idx uses {used} of the {groups} groups")
+    require(
+        all(count == members[0] for count in members[:-1]) and members[-1] <= members[0],
+        f"g_idx puts {min(members)} to {max(members)} rows into a group, but only the last one may be smaller",
+    )
     finite = int(torch.isfinite(scales).sum())
     require(finite == scales.numel(), f"{scales.numel() - finite} of {scales.numel()} scales are NaN or infinite")
     lowest = float(scales.min())

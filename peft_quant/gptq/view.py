@@ -205,11 +205,48 @@ def linear(
     Returns:
         `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = _autocast(x)
     tensors = packed_tensors(layer)
     scales = tensors.scales if scales is None else scales
     y = ops.linear(x, tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed))
+    return _add_bias(layer, y)
+
+
+def lora_linear(
+    layer: nn.Module,
+    packed: PackedFormat,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`y = x @ W + scaling * (x @ A^T) @ B^T + bias` in one step, which casts once and keeps `x` and `x @ A^T` only.
+
+    Args:
+        layer: the GPTQ layer.
+        packed: its format, from [`read_format`].
+        x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
+        lora_a: fp32 `[R, K]`.
+        lora_b: fp32 `[N, R]`. Both factors and `x` receive gradients.
+        scaling: factor of the low-rank branch.
+
+    Returns:
+        `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+    """
+    x = _autocast(x)
+    tensors = packed_tensors(layer)
+    y = ops.lora_linear(
+        x, lora_a, lora_b, scaling, tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed)
+    )
+    return _add_bias(layer, y)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     bias = getattr(layer, "bias", None)
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -1,7 +1,7 @@
-"""The packed product with gradients.
+"""The packed products with gradients.
 
-Saves the packed tensors, and `x` only if a scale gradient is wanted; the weight is decoded again in backward. With one
-group (`group_size=-1` in GPTQ's terms) it saves its output in place of `x`, because
+Both save the packed tensors and decode the weight again in backward. `PackedLinear` saves `x` only if a scale gradient
+is wanted. With one group (`group_size=-1` in GPTQ's terms) it saves its output in place of `x`, because
 `dscales[n] = sum_m dy[m, n] * y[m, n] / scales[n]` then needs no product.
 """
 
@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from . import eager
 
-_SCALES = 3  # position among the inputs
+
+# positions among the inputs
+_SCALES = 3
+_LORA_A, _LORA_B = 1, 2
 
 
 class PackedLinear(torch.autograd.Function):
@@ -42,3 +46,51 @@ class PackedLinear(torch.autograd.Function):
                 grad_scales = torch.ops.peft_quant.linear_grad_scales(saved, dy, qweight, qzeros, g_idx, *ctx.layout)
             grad_scales = grad_scales.to(scales.dtype)
         return grad_x, None, None, grad_scales, None, None, None, None
+
+
+class PackedLoraLinear(torch.autograd.Function):
+    """`y = x @ W + scaling * (x @ A^T) @ B^T`, differentiable in `x`, `A` and `B`; see `lora_linear`.
+
+    Saves `x`, `x @ A^T` and the factors, each in the dtype of `x`, and the packed tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, *packed: Any
+    ) -> torch.Tensor:
+        qweight, qzeros, scales, g_idx, *ctx.layout = packed
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = lora_a.to(x.dtype), (lora_b * scaling).to(x.dtype)
+        hidden = _product(rows, a.t())
+        y = _add_product(torch.ops.peft_quant.linear(rows, *packed), hidden, b.t())
+        ctx.scaling, ctx.leading = scaling, x.shape[:-1]
+        ctx.save_for_backward(
+            rows if ctx.needs_input_grad[_LORA_A] else None,
+            hidden if ctx.needs_input_grad[_LORA_B] else None,
+            a, b, qweight, qzeros, scales, g_idx,
+        )  # fmt: skip
+        return y.view(*ctx.leading, y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, hidden, a, b, *packed = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        grad_hidden = _product(dy, b)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.peft_quant.linear_grad_x(dy, *packed, *ctx.layout)
+            grad_x = _add_product(grad_x, grad_hidden, a).view(*ctx.leading, a.shape[1])
+        if ctx.needs_input_grad[_LORA_A]:
+            grad_a = _product(grad_hidden.t(), rows).float()
+        if ctx.needs_input_grad[_LORA_B]:
+            grad_b = _product(dy.t(), hidden).float() * ctx.scaling
+        return grad_x, grad_a, grad_b, *[None] * 8
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    dtype = eager.compute_dtype(a)
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return y.addmm_(a, b) if eager.compute_dtype(y) == y.dtype else y.add_(_product(a, b))

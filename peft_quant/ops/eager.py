@@ -94,19 +94,19 @@ def dequantize(
     return weight
 
 
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """16-bit products run in fp32 on the CPU: without AVX512-BF16 its bf16 product is two orders slower."""
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     weight = dequantize(*(*packed, dtype))
     return (x.to(dtype) @ weight).to(x.dtype)
 
 
 def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
-    dtype = _compute_dtype(dy)
+    dtype = compute_dtype(dy)
     weight = dequantize(*(*packed, dtype))
     return (dy.to(dtype) @ weight.t()).to(dy.dtype)
 
@@ -121,7 +121,7 @@ def linear_grad_scales(
     group_size: int,
     zero_offset: int,
 ) -> torch.Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
     zeros = unpack_zeros(qzeros, bits, zero_offset)

@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from . import eager
-from .autograd import PackedLinear
+from .autograd import PackedLinear, PackedLoraLinear
 
 
 _PACKED = "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int group_size, int zero_offset"
@@ -48,10 +50,23 @@ def _on_gpu(name: str) -> Callable[..., torch.Tensor]:
     return lambda *arguments: getattr(_gpu_path(), name)(*arguments)
 
 
+def _open_to_the_compiler(name: str) -> Callable[..., torch.Tensor]:
+    """On a GPU, compiled code launches the kernels and products of an operator itself, which is cheaper."""
+
+    def trace(mode: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not args[0].is_cuda:
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return getattr(_gpu_path(), name)(*args, **(kwargs or {}))
+
+    return trace
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"peft_quant::{_name}", _schema)
     torch.library.impl(f"peft_quant::{_name}", "default", getattr(eager, _name))
     torch.library.impl(f"peft_quant::{_name}", "cuda", _on_gpu(_name))
+    torch.library.register_torch_dispatch(f"peft_quant::{_name}", FunctionalTensorMode, _open_to_the_compiler(_name))
 
 
 @torch.library.register_fake("peft_quant::dequantize")
@@ -103,3 +118,26 @@ def linear(
     The gradient of `scales` has their dtype: pass them in fp32 where they train.
     """
     return PackedLinear.apply(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    """`y = x @ W + scaling * (x @ A^T) @ B^T` (LoRA, Hu et al., 2021, arXiv 2106.09685) with `W` packed.
+
+    `lora_a` is fp32 `[R, K]`, `lora_b` fp32 `[N, R]`, for a rank of `R`; products are formed in the dtype of `x`.
+    Differentiable in `x`, `lora_a` and `lora_b`.
+    """
+    return PackedLoraLinear.apply(
+        x, lora_a, lora_b, scaling, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset
+    )

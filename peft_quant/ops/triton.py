@@ -1,9 +1,7 @@
 """The packed operators as Triton kernels.
 
 A *unit* is a run of codes that fits into 32 bits: 16, 8, 8 and 4 codes at 2, 3, 4 and 8 bits. Units are whole words,
-but for 3 bits, where four units of 24 bits lie in three words. A tile is whole groups, or a power of two of rows of
-one group, so that a program needs few scales and zero points a column; in act-order, where each row of a tile may be
-of another group, it gathers them.
+but for 3 bits, where four units of 24 bits lie in three words.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.library import wrap_triton
 
 from . import eager
 
@@ -21,6 +21,11 @@ _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
 _TILE_ROWS = 128
 _TILE_COLUMNS = 64
 _PRODUCT_ROWS = 4096
+_FEW_TOKENS = 32
+_FEW_TOKENS_PROGRAMS = 512
+
+# how a kernel finds the group of a row
+_GROUP_OF_UNIT, _GROUP_OF_ROW, _GROUP_INDEX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -67,77 +72,130 @@ def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl
 
 
 @triton.jit
-def _codes(q_ptr, tile, column, rows, columns, BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    """Codes of a tile, int32 `[ROWS, columns]`, and its row numbers."""
-    UNITS: tl.constexpr = ROWS // UNIT
-    unit = tile * UNITS + tl.arange(0, UNITS)
-    mask = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
-    units = _units(q_ptr, unit, column, columns, mask, BITS)
+def _weight(
+    q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr,
+):  # fmt: skip
+    """The weight of some units, fp32 `[units, UNIT, columns]`, and the numbers of its rows, `[units, UNIT]`."""
+    inside = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
+    units = _units(q_ptr, unit, column, columns, inside, BITS)
     shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
-    codes = (units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(codes, (ROWS, column.shape[0])).to(tl.int32), tile * ROWS + tl.arange(0, ROWS)
+    codes = ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+    row = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    if GROUPING == _GROUP_OF_UNIT:
+        group = (unit * UNIT // group_size)[:, None]
+        zeros = _zero_points(z_ptr, group, column[None, :], columns, inside, BITS, V1)[:, None, :]
+        scales = tl.load(s_ptr + group * columns + column[None, :], mask=inside, other=0).to(tl.float32)[:, None, :]
+    else:
+        if GROUPING == _GROUP_OF_ROW:
+            group = (row // group_size)[:, :, None]
+        else:
+            group = tl.load(g_ptr + row, mask=row < rows, other=0)[:, :, None]
+        zeros = _zero_points(z_ptr, group, column[None, None, :], columns, inside[:, None, :], BITS, V1)
+        pointers = s_ptr + group * columns + column[None, None, :]
+        scales = tl.load(pointers, mask=inside[:, None, :], other=0).to(tl.float32)
+    return (codes - zeros).to(tl.float32) * scales, row
 
 
 @triton.jit
 def _dequantize_kernel(
     q_ptr, z_ptr, s_ptr, g_ptr, out_ptr, rows, columns, group_size,
-    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, ACT_ORDER: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr,
+    UNITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    codes, row = _codes(q_ptr, tile, column, rows, columns, BITS, UNIT, ROWS)
-    if ACT_ORDER:
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        group = tl.load(g_ptr + row, mask=row < rows, other=0)[:, None]
-        zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
-        scales = tl.load(s_ptr + group * columns + column[None, :], mask=mask, other=0).to(tl.float32)
-        weight = (codes - zeros).to(tl.float32) * scales
-    else:
-        group = (tile * ROWS // group_size + tl.arange(0, GROUPS))[:, None]
-        mask = (group * group_size < rows) & (column < columns)[None, :]
-        zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
-        scales = tl.load(s_ptr + group * columns + column[None, :], mask=mask, other=0).to(tl.float32)
-        codes = tl.reshape(codes, (GROUPS, ROWS // GROUPS, COLUMNS))
-        weight = tl.reshape((codes - zeros[:, None, :]).to(tl.float32) * scales[:, None, :], (ROWS, COLUMNS))
-    pointers = out_ptr + row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    weight, row = _weight(
+        q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING
+    )
+    inside = (row < rows)[:, :, None] & (column < columns)[None, None, :]
+    pointers = out_ptr + row[:, :, None].to(tl.int64) * columns + column[None, None, :]
+    tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _few_tokens_kernel(
+    x_ptr, q_ptr, z_ptr, s_ptr, g_ptr, out_ptr, tokens, rows, columns, group_size,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr,
+    UNITS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """`x @ W` over every `SPLITS`-th tile of rows, fp32 `[SPLITS, tokens, columns]`."""
+    ROWS: tl.constexpr = UNITS * UNIT
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.arange(0, TOKENS)
+    sums = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), SPLITS):
+        unit = tile * UNITS + tl.arange(0, UNITS)
+        weight, _ = _weight(
+            q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING
+        )
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = (token < tokens)[:, None] & (row < rows)[None, :]
+        x = tl.load(x_ptr + token[:, None] * rows + row[None, :], mask=inside, other=0)
+        weight = tl.reshape(weight, (ROWS, COLUMNS)).to(x_ptr.dtype.element_ty)
+        sums = tl.dot(x, weight, sums, input_precision="ieee")
+    pointers = out_ptr + (tl.program_id(1) * tokens + token)[:, None] * columns + column[None, :]
+    tl.store(pointers, sums, mask=(token < tokens)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _codes_of_rows(q_ptr, row, column, columns, mask, BITS: tl.constexpr):
+    """Codes of single rows, int32 `[rows, columns]`."""
+    bit = row * BITS
+    shift = (bit % 32).to(tl.uint32)[:, None]
+    pointers = q_ptr + (bit // 32)[:, None].to(tl.int64) * columns + column[None, :]
+    codes = tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
+    if BITS == 3:
+        straddles = mask & (bit % 32 > 29)[:, None]
+        high = tl.load(pointers + columns, mask=straddles, other=0).to(tl.uint32, bitcast=True)
+        codes |= (high << 1) << (31 - shift)
+    return (codes & ((1 << BITS) - 1)).to(tl.int32)
 
 
 @triton.jit
 def _sum_over_rows_kernel(
-    dw_ptr, q_ptr, z_ptr, out_ptr, first_tile, rows, columns, group_size,
-    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr,
+    dw_ptr, q_ptr, z_ptr, order_ptr, out_ptr, first_tile, rows, columns, group_size,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`sum over rows of dW * (q - z)` for each group of a tile; `dw_ptr` begins at the row of `first_tile`."""
+    """`sum over rows of dW * (q - z)` for each group of a tile; `dw_ptr` begins at the row of `first_tile`.
+
+    The rows of `dW` are in order of their groups; if `ORDERED`, `order_ptr` says which row of the weight each one is.
+    """
     tile = first_tile + tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    codes, row = _codes(q_ptr, tile, column, rows, columns, BITS, UNIT, ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if ORDERED:
+        source = tl.load(order_ptr + row, mask=row < rows, other=0)
+        codes = _codes_of_rows(q_ptr, source, column, columns, inside, BITS)
+    else:
+        unit = tile * (ROWS // UNIT) + tl.arange(0, ROWS // UNIT)
+        whole = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
+        units = _units(q_ptr, unit, column, columns, whole, BITS)
+        shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
+        codes = ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
     group = (tile * ROWS // group_size + tl.arange(0, GROUPS))[:, None]
     mask = (group * group_size < rows) & (column < columns)[None, :]
     zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)
     pointers = dw_ptr + (row - first_tile * ROWS)[:, None].to(tl.int64) * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
     dw = tl.reshape(tl.load(pointers, mask=inside, other=0).to(tl.float32), (GROUPS, ROWS // GROUPS, COLUMNS))
     codes = tl.reshape(codes, (GROUPS, ROWS // GROUPS, COLUMNS))
     sums = tl.sum(dw * (codes - zeros[:, None, :]).to(tl.float32), axis=1)
     tl.store(out_ptr + (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * columns + column[None, :], sums, mask=mask)
 
 
-def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
-    """Rows of a tile and groups in it: whole groups, or a power of two of rows that divides a group.
+def _launcher(kernel: Any, tensor: torch.Tensor) -> Any:
+    """The kernel, in the form that the compiler sees through where the tensor is one being traced."""
+    return wrap_triton(kernel) if isinstance(tensor, FunctionalTensor) else kernel
 
-    None for group sizes that neither fits: such a layout is treated as act-order.
-    """
-    if group_size >= rows:
-        return _TILE_ROWS, 1
-    power_of_two = group_size & -group_size
-    if power_of_two == group_size and group_size <= _TILE_ROWS:
-        return _TILE_ROWS, _TILE_ROWS // group_size
-    if power_of_two >= _UNIT_CODES[bits]:
-        return min(power_of_two, _TILE_ROWS), 1
-    return None
+
+def _layout(rows: int, bits: int, group_size: int, zero_offset: int, g_idx: torch.Tensor | None) -> dict[str, Any]:
+    """The kernels' arguments for how codes and groups are laid out."""
+    grouping = _GROUP_INDEX
+    if g_idx is None:
+        grouping = _GROUP_OF_ROW if group_size % _UNIT_CODES[bits] and group_size < rows else _GROUP_OF_UNIT
+    return {"BITS": bits, "UNIT": _UNIT_CODES[bits], "V1": zero_offset, "GROUPING": grouping}
 
 
 def dequantize(
@@ -151,12 +209,8 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     rows, columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    tile = _tile(rows, group_size, bits)
-    if tile is None and g_idx is None:
-        g_idx = torch.arange(rows, dtype=torch.int32, device=qweight.device) // group_size
-    tile_rows, tile_groups = (_TILE_ROWS, 1) if tile is None else tile
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
-    _dequantize_kernel[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(rows, tile_rows))](
+    _launcher(_dequantize_kernel, qweight)[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(rows, _TILE_ROWS))](
         qweight,
         qzeros,
         scales,
@@ -165,12 +219,8 @@ def dequantize(
         rows,
         columns,
         group_size,
-        BITS=bits,
-        UNIT=_UNIT_CODES[bits],
-        V1=zero_offset,
-        ACT_ORDER=g_idx is not None,
-        ROWS=tile_rows,
-        GROUPS=tile_groups,
+        **_layout(rows, bits, group_size, zero_offset, g_idx),
+        UNITS=_TILE_ROWS // _UNIT_CODES[bits],
         COLUMNS=_TILE_COLUMNS,
         num_warps=4,
     )
@@ -178,11 +228,65 @@ def dequantize(
 
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
+    if 0 < x.numel() // x.shape[-1] <= _FEW_TOKENS:
+        return _linear_for_few_tokens(x, *packed)
     return x @ dequantize(*(*packed, x.dtype))
+
+
+def _linear_for_few_tokens(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    """The weight is decoded in registers. Rows are split among programs, whose sums are then added up."""
+    rows, columns = x.shape[-1], qweight.shape[1]
+    tokens = x.numel() // rows
+    blocks = triton.cdiv(columns, _TILE_COLUMNS)
+    splits = min(triton.cdiv(rows, _TILE_ROWS), triton.next_power_of_2(triton.cdiv(_FEW_TOKENS_PROGRAMS, blocks)))
+    sums = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
+    _launcher(_few_tokens_kernel, qweight)[(blocks, splits)](
+        x.reshape(tokens, rows).contiguous(),
+        qweight,
+        qzeros,
+        scales,
+        g_idx,
+        sums,
+        tokens,
+        rows,
+        columns,
+        group_size,
+        **_layout(rows, bits, group_size, zero_offset, g_idx),
+        UNITS=_TILE_ROWS // _UNIT_CODES[bits],
+        COLUMNS=_TILE_COLUMNS,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
+        SPLITS=splits,
+        num_warps=4,
+    )
+    return sums.sum(0).to(x.dtype).view(*x.shape[:-1], columns)
 
 
 def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
     return dy @ dequantize(*(*packed, dy.dtype)).t()
+
+
+def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
+    """Rows of a tile and groups in it: whole groups, or a power of two of rows that divides a group.
+
+    None for group sizes that neither fits.
+    """
+    if group_size >= rows:
+        return _TILE_ROWS, 1
+    power_of_two = group_size & -group_size
+    if power_of_two == group_size and group_size <= _TILE_ROWS:
+        return _TILE_ROWS, _TILE_ROWS // group_size
+    if power_of_two >= _UNIT_CODES[bits]:
+        return min(power_of_two, _TILE_ROWS), 1
+    return None
 
 
 def linear_grad_scales(
@@ -197,24 +301,31 @@ def linear_grad_scales(
 ) -> torch.Tensor:
     """`dW` is formed by cuBLAS, in the dtype of `x` and a tile of rows at a time, and summed at once by a kernel.
 
-    On an H100 one kernel that kept `dW` in registers was slower.
+    In act-order its rows are formed in the order of their groups. On an H100 one kernel that kept `dW` in registers
+    was slower.
     """
     rows, columns = x.shape[-1], dy.shape[-1]
     tile = _tile(rows, group_size, bits)
-    if g_idx is not None or tile is None:
+    if tile is None:
         return eager.linear_grad_scales(x, dy, qweight, qzeros, g_idx, bits, group_size, zero_offset)
     tile_rows, tile_groups = tile
     tiles = triton.cdiv(rows, tile_rows)
     sums = torch.empty(tiles * tile_groups, columns, dtype=torch.float32, device=x.device)
     x, dy = x.reshape(-1, rows), dy.reshape(-1, columns)
+    order = None
+    if g_idx is not None:
+        order = torch.argsort(g_idx, stable=True)
+        x = x[:, order]
     tiles_in_product = max(1, _PRODUCT_ROWS // tile_rows)
     for first_tile in range(0, tiles, tiles_in_product):
         first_row = first_tile * tile_rows
         dw = x[:, first_row : first_row + tiles_in_product * tile_rows].t() @ dy
-        _sum_over_rows_kernel[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(dw.shape[0], tile_rows))](
+        grid = (triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(dw.shape[0], tile_rows))
+        _launcher(_sum_over_rows_kernel, qweight)[grid](
             dw,
             qweight,
             qzeros,
+            order,
             sums,
             first_tile,
             rows,
@@ -223,6 +334,7 @@ def linear_grad_scales(
             BITS=bits,
             UNIT=_UNIT_CODES[bits],
             V1=zero_offset,
+            ORDERED=order is not None,
             ROWS=tile_rows,
             GROUPS=tile_groups,
             COLUMNS=_TILE_COLUMNS,

@@ -76,6 +76,56 @@ def test_linear_and_its_gradients(bits, layout, tokens, monkeypatch):
     torch.testing.assert_close(scales.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def lora_factors(rank=4):
+    generator = torch.Generator().manual_seed(rank)
+    return (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((rank, 96), (64, rank)))
+
+
+@pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order"))
+@pytest.mark.parametrize("bits", BITS)
+def test_lora_linear_and_its_gradients(bits, layout):
+    packed, tensors, layout_arguments = arguments(bits, layout)
+    a, b = lora_factors()
+    x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dy = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    y = ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+    expected = x @ (packed.weight + 0.5 * a.t() @ b.t())
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for actual, gradient in zip(torch.autograd.grad(y, (x, a, b), dy), torch.autograd.grad(expected, (x, a, b), dy)):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_lora_linear_in_16_bits(dtype):
+    packed, tensors, layout_arguments = arguments(4)
+    a, b = lora_factors()
+    x = torch.randn(9, 96, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert (x.grad.dtype, a.grad.dtype, b.grad.dtype) == (dtype, torch.float32, torch.float32)
+    # four roundings to the dtype on the way: of the factors, of `x @ A^T`, of the branch and of the sum
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 40 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y.float(), x.float() @ (packed.weight + 0.5 * a.t() @ b.t()), **close)
+
+
+def test_lora_linear_keeps_what_its_gradients_need():
+    _, tensors, layout_arguments = arguments(4)
+    a, b = lora_factors()
+    x = torch.randn(9, 96, requires_grad=True)
+
+    def kept(*frozen):
+        for factor in (a, b):
+            factor.requires_grad_(not any(factor is other for other in frozen))
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+        return {shape for shape in shapes if shape[0] == 9}
+
+    assert kept() == {(9, 96), (9, 4)}
+    assert kept(a, b) == set()
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_16_bit_activations_lose_only_their_own_rounding(dtype):
     packed, (qweight, qzeros, scales), layout_arguments = arguments(4)
@@ -143,6 +193,22 @@ def test_compiles_without_graph_breaks(layout):
         trained = scales.clone().requires_grad_()
         function(x, trained).backward()
         return x.grad, trained.grad
+
+    with torch._dynamo.config.patch(disable=False):
+        compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for actual, expected in zip(compiled, gradients(loss)):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_lora_linear_compiles_without_graph_breaks():
+    _, tensors, layout_arguments = arguments(4)
+
+    def loss(x, a, b):
+        return ops.lora_linear(torch.relu(x), a, b, 0.5, *tensors, *layout_arguments, 1).square().sum()
+
+    def gradients(function):
+        leaves = (torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_(), *lora_factors())
+        return torch.autograd.grad(function(*leaves), leaves)
 
     with torch._dynamo.config.patch(disable=False):
         compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
