@@ -93,4 +93,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # which fuses the sum into what follows, and would copy `y` for `addmm_`
+        return y + _product(a, b)
     return y.addmm_(a, b) if eager.compute_dtype(y) == y.dtype else y.add_(_product(a, b))

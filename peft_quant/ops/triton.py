@@ -18,11 +18,19 @@ from . import eager
 
 
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
+# rows and columns of a tile, by how fast they were on an H100
+_DECODE_TILE = (64, 128)
+_ACT_ORDER_TILE = (16, 256)
+_FEW_TOKENS_TILE = (64, 64)
+_FEW_TOKENS_SPLITS = 8
 _TILE_ROWS = 128
 _TILE_COLUMNS = 64
 _PRODUCT_ROWS = 4096
+
+# where `_few_tokens_kernel` beats decoding and cuBLAS on an H100
 _FEW_TOKENS = 32
-_FEW_TOKENS_PROGRAMS = 512
+_FEW_TOKENS_BITS = (2, 4)
+_FEW_TOKENS_WEIGHTS = 2**25
 
 # how a kernel finds the group of a row
 _GROUP_OF_UNIT, _GROUP_OF_ROW, _GROUP_INDEX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -195,7 +203,7 @@ def _layout(rows: int, bits: int, group_size: int, zero_offset: int, g_idx: torc
     grouping = _GROUP_INDEX
     if g_idx is None:
         grouping = _GROUP_OF_ROW if group_size % _UNIT_CODES[bits] and group_size < rows else _GROUP_OF_UNIT
-    return {"BITS": bits, "UNIT": _UNIT_CODES[bits], "V1": zero_offset, "GROUPING": grouping}
+    return {"BITS": bits, "UNIT": _UNIT_CODES[bits], "V1": zero_offset, "GROUPING": grouping.value}
 
 
 def dequantize(
@@ -209,8 +217,10 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     rows, columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    tile_rows, tile_columns = _DECODE_TILE if g_idx is None else _ACT_ORDER_TILE
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
-    _launcher(_dequantize_kernel, qweight)[(triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(rows, _TILE_ROWS))](
+    grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
+    _launcher(_dequantize_kernel, qweight)[grid](
         qweight,
         qzeros,
         scales,
@@ -220,15 +230,16 @@ def dequantize(
         columns,
         group_size,
         **_layout(rows, bits, group_size, zero_offset, g_idx),
-        UNITS=_TILE_ROWS // _UNIT_CODES[bits],
-        COLUMNS=_TILE_COLUMNS,
+        UNITS=tile_rows // _UNIT_CODES[bits],
+        COLUMNS=tile_columns,
         num_warps=4,
     )
     return out
 
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
-    if 0 < x.numel() // x.shape[-1] <= _FEW_TOKENS:
+    bits, weights = packed[4], x.shape[-1] * packed[0].shape[1]
+    if 0 < x.numel() // x.shape[-1] <= _FEW_TOKENS and bits in _FEW_TOKENS_BITS and weights >= _FEW_TOKENS_WEIGHTS:
         return _linear_for_few_tokens(x, *packed)
     return x @ dequantize(*(*packed, x.dtype))
 
@@ -246,10 +257,10 @@ def _linear_for_few_tokens(
     """The weight is decoded in registers. Rows are split among programs, whose sums are then added up."""
     rows, columns = x.shape[-1], qweight.shape[1]
     tokens = x.numel() // rows
-    blocks = triton.cdiv(columns, _TILE_COLUMNS)
-    splits = min(triton.cdiv(rows, _TILE_ROWS), triton.next_power_of_2(triton.cdiv(_FEW_TOKENS_PROGRAMS, blocks)))
+    tile_rows, tile_columns = _FEW_TOKENS_TILE
+    splits = min(triton.cdiv(rows, tile_rows), _FEW_TOKENS_SPLITS)
     sums = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
-    _launcher(_few_tokens_kernel, qweight)[(blocks, splits)](
+    _launcher(_few_tokens_kernel, qweight)[(triton.cdiv(columns, tile_columns), splits)](
         x.reshape(tokens, rows).contiguous(),
         qweight,
         qzeros,
@@ -261,11 +272,11 @@ def _linear_for_few_tokens(
         columns,
         group_size,
         **_layout(rows, bits, group_size, zero_offset, g_idx),
-        UNITS=_TILE_ROWS // _UNIT_CODES[bits],
-        COLUMNS=_TILE_COLUMNS,
+        UNITS=tile_rows // _UNIT_CODES[bits],
+        COLUMNS=tile_columns,
         TOKENS=max(16, triton.next_power_of_2(tokens)),
         SPLITS=splits,
-        num_warps=4,
+        num_warps=2,
     )
     return sums.sum(0).to(x.dtype).view(*x.shape[:-1], columns)
 

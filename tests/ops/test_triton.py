@@ -80,7 +80,9 @@ def test_scale_gradient(bits, layout, tokens, monkeypatch):
 @pytest.mark.parametrize("tokens", (1, 17))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_few_tokens(bits, layout, tokens):
+def test_few_tokens(bits, layout, tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_BITS", BITS)
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
     packed, t, layout_arguments = arguments(bits, layout, 1, rows=288)
     x = torch.randn(tokens, 288, generator=torch.Generator().manual_seed(tokens))
     y = kernels.linear(x.to(DEVICE), t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
@@ -89,7 +91,8 @@ def test_few_tokens(bits, layout, tokens):
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_few_tokens_in_16_bits(dtype):
+def test_few_tokens_in_16_bits(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 product")
     packed, t, layout_arguments = arguments(4, "grouped", 1, columns=128)
