@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from gptq_models import DENSE_BYTES, load, saved_for_backward
-from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,7 +31,12 @@ def lora(**options):
 
 METHODS = {
     "LoRA": lora(),
+    "QA-LoRA": lora(use_qalora=True, qalora_group_size=8),
     "OFT": OFTConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=0, oft_block_size=8),
+    "MiSS": MissConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, init_weights=False),
+    "VeRA": VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4, init_weights=False),
+    "layer norms": LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 
 
@@ -126,10 +140,15 @@ def test_is_public():
     assert {"prepare_gptq_for_training", "restore_gptq_forward"} <= set(peft_quant.__all__)
 
 
-def test_ia3_is_not_for_gptq_layers_in_peft(model):
-    """PEFT's own IA3 refuses GPTQ layers of gptqmodel; should it take them one day, they train lean too."""
-    with pytest.raises(ValueError, match="not supported"):
-        get_peft_model(
-            prepare_gptq_for_training(model),
-            IA3Config(task_type="CAUSAL_LM", target_modules=TARGETS, feedforward_modules=["down_proj"]),
-        )
+@pytest.mark.parametrize(
+    "config",
+    (
+        IA3Config(task_type="CAUSAL_LM", target_modules=TARGETS, feedforward_modules=["down_proj"]),
+        lora(use_dora=True),
+    ),
+    ids=("IA3", "DoRA"),
+)
+def test_peft_itself_refuses_gptq_layers_for(config, model):
+    """Should PEFT take them one day, they train lean too, and README has to say so."""
+    with pytest.raises(ValueError, match="not support"):
+        get_peft_model(prepare_gptq_for_training(model), config)
