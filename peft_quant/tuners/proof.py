@@ -27,14 +27,14 @@ class TrainingError(RuntimeError):
 
 
 class _Snapshot:
-    """State of a model right before a step: samples of its trainable adapter tensors, versions of all frozen ones."""
+    """State of a model right before a step: samples of the adapter tensors to move, versions of all frozen ones."""
 
     def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
         names = [
             f"{name}.{attribute}."
             for name, layer in model.named_modules()
             if isinstance(layer, layer_class)
-            for attribute in layer.adapter_layer_names
+            for attribute in layer.first_to_move
         ]
         self.trained: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.frozen: dict[str, tuple[torch.Tensor, int]] = {}
@@ -101,7 +101,7 @@ def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> Non
 
     Args:
         model: the model whose tuner layers are of `layer_class`.
-        layer_class: the tuner layers; their adapter parameters are what should move.
+        layer_class: the tuner layers; the adapter parameters in their `first_to_move` are what should move.
 
     Raises (from `Optimizer.step`):
         TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.

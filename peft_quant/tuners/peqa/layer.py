@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ... import gptq
 from ...ops import round_scales_straight_through
+from ..packed import AdaptedLinear
 from .config import PEQAConfig
 
 
-class PEQALayer(BaseTunerLayer):
+class PEQALayer(AdaptedLinear):
     """What PEQA adds to a GPTQ layer.
 
     Each adapter is one fp32 delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
@@ -27,11 +27,10 @@ class PEQALayer(BaseTunerLayer):
 
     adapter_layer_names = ("peqa_scales",)
     other_param_names = ("serving_dtype",)
-
-    active_adapters: list[str]
-    get_base_layer: Callable[[], nn.Module]
+    first_to_move = ("peqa_scales",)
 
     def __init__(self, base_layer: nn.Module, packed: gptq.PackedFormat) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.packed = packed
         self.in_features, self.out_features = packed.in_features, packed.out_features
@@ -75,7 +74,7 @@ class PEQALayer(BaseTunerLayer):
                 return self.serving_dtype[name]
         return None
 
-    def _own(self, adapter_names: list[str]) -> list[str]:
+    def own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.peqa_scales]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -88,7 +87,7 @@ class PEQALayer(BaseTunerLayer):
         Raises:
             ValueError: an adapter holds NaN or infinite values. Nothing is changed then.
         """
-        adapter_names = self._own(check_adapters_to_merge(self, adapter_names))
+        adapter_names = self.own(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
         all_merged = [*self.merged_adapters, *adapter_names]
@@ -103,7 +102,7 @@ class PEQALayer(BaseTunerLayer):
 
     def check_finite(self, adapter_names: list[str], layer_name: str = "layer") -> None:
         """Raise a `ValueError` naming the adapter if one of the given ones holds NaN or infinite values."""
-        for name in self._own(adapter_names):
+        for name in self.own(adapter_names):
             check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
     def unmerge(self) -> None:
@@ -116,59 +115,27 @@ class PEQALayer(BaseTunerLayer):
         self._unmerged_scales = None
         self.merged_adapters = []
 
-    def get_base_weight(self) -> torch.Tensor:
-        """The base layer's weight, decoded: fp32 `[out_features, in_features]`."""
-        return gptq.dequantize(self.get_base_layer(), self.packed)
-
-    def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        raise TypeError("PEQA trains the scales of a GPTQ layer; its weight cannot be replaced by a dense one.")
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a change of scales changes the weight by a matrix of full rank."""
         return False
 
 
-class PEQALinear(nn.Module, PEQALayer):
+class PEQALinear(PEQALayer):
     """A GPTQ linear layer with PEQA adapters."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: PEQAConfig, packed: gptq.PackedFormat
     ) -> None:
-        super().__init__()
-        PEQALayer.__init__(self, base_layer, packed)
+        super().__init__(base_layer, packed)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._forward(x, [])
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names)
-        return self._forward(x, [] if self.merged else self._own(self.active_adapters))
-
-    def _forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         scales = self.tuned_scales(adapter_names) if adapter_names else None
         return gptq.linear(self.get_base_layer(), self.packed, x, scales)
 
-    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"`adapter_names` names an adapter for each of {len(adapter_names)} samples, the batch has {len(x)}."
-            )
-        if self.merged:
-            raise ValueError("`adapter_names` does not go with merged adapters: call `unmerge_adapter` first.")
-        outputs: dict[str, torch.Tensor] = {}
-        rows = torch.empty(len(x), dtype=torch.long)
-        order: list[int] = []
-        for name in dict.fromkeys(adapter_names):
-            indices = [i for i, sample_adapter in enumerate(adapter_names) if sample_adapter == name]
-            outputs[name] = self._forward(x[indices], self._own([name]))
-            order += indices
-        rows[torch.tensor(order)] = torch.arange(len(x))
-        return torch.cat(list(outputs.values()))[rows.to(x.device)]
+    def base_tensors(self) -> gptq.PackedTensors:
+        return super().base_tensors()._replace(scales=self.base_scales)
 
     def __repr__(self) -> str:
         return "peqa." + super().__repr__()

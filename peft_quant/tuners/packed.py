@@ -1,0 +1,295 @@
+"""What the methods share: finding the GPTQ layers to adapt, matching an adapter with its base, batches of adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .. import gptq
+from ..gptq.fingerprint import fingerprint, layer_digest
+from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
+from .proof import prove_first_step
+
+
+_ALL_LINEAR = "all-linear"
+_BASE_LAYER_SUFFIX = ".base_layer"
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A GPTQ linear layer with adapters.
+
+    Attributes:
+        base_layer: the GPTQ layer.
+        packed: the format of the GPTQ layer.
+        first_to_move: the containers, among `adapter_layer_names`, that the first optimizer step must change.
+    """
+
+    base_layer: nn.Module
+    packed: gptq.PackedFormat
+    first_to_move: tuple[str, ...]
+
+    active_adapters: list[str]
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    unmerge: Callable[[], None]
+    update_layer: Callable[..., None]
+
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """`[..., K]` to `[..., N]` under the given adapters, which are the layer's own and not merged."""
+        raise NotImplementedError
+
+    def own(self, adapter_names: list[str]) -> list[str]:
+        """Those of the given adapters that the layer has."""
+        raise NotImplementedError
+
+    def base_tensors(self) -> gptq.PackedTensors:
+        """The packed tensors of the base model, whether or not adapters are merged into them."""
+        return gptq.packed_tensors(self.get_base_layer())
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.adapted_forward(x, [])
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
+        return self.adapted_forward(x, [] if self.merged else self.own(self.active_adapters))
+
+    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"`adapter_names` names an adapter for each of {len(adapter_names)} samples, the batch has {len(x)}."
+            )
+        if self.merged:
+            raise ValueError("`adapter_names` does not go with merged adapters: call `unmerge_adapter` first.")
+        outputs: dict[str, torch.Tensor] = {}
+        rows = torch.empty(len(x), dtype=torch.long)
+        order: list[int] = []
+        for name in dict.fromkeys(adapter_names):
+            indices = [i for i, sample_adapter in enumerate(adapter_names) if sample_adapter == name]
+            outputs[name] = self.adapted_forward(x[indices], self.own([name]))
+            order += indices
+        rows[torch.tensor(order)] = torch.arange(len(x))
+        return torch.cat(list(outputs.values()))[rows.to(x.device)]
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight, decoded: fp32 `[out_features, in_features]`."""
+        return gptq.dequantize(self.get_base_layer(), self.packed)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        raise TypeError("The weight of a GPTQ layer is packed; it cannot be replaced by a dense one.")
+
+
+class PackedTuner(BaseTuner):
+    """A method that adapts GPTQ layers. What a model or an adapter gets wrong is raised before the model changes.
+
+    Attributes:
+        linear_class: the method's layer, made as `linear_class(base_layer, adapter_name, config, packed, **options)`
+            and given further adapters by `update_layer(adapter_name, config=config, **options)`.
+    """
+
+    linear_class: type[AdaptedLinear]
+
+    def _layer_options(self, config: Any, name: str) -> dict[str, Any]:
+        """Options of one layer."""
+        return {}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        packed_layers = self._packed_layers()
+        if not packed_layers:
+            raise ValueError(_no_packed_layers(self.model, peft_config.peft_type.value))
+        # a copy, because what is filled in here belongs to this base, and the user may reuse the config on another
+        peft_config, given = copy(peft_config), peft_config
+        self.peft_config.update({name: peft_config for name, config in self.peft_config.items() if config is given})
+        target = peft_config.target_modules
+        if target is None or (isinstance(target, str) and target.lower() == _ALL_LINEAR):
+            peft_config.target_modules = self._default_targets(peft_config, packed_layers)
+        self._formats = self._read_targets(peft_config, packed_layers)
+        if self._formats:
+            self._match_base(peft_config, packed_layers)
+        return peft_config
+
+    def _default_targets(self, config: Any, packed_layers: dict[str, nn.Module]) -> set[str]:
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        endings = {name.rpartition(".")[2] for name in packed_layers}
+        by_ending = replace(config, target_modules=endings)  # PEFT applies `layers_to_transform` to endings only
+        return {
+            name
+            for name, layer in packed_layers.items()
+            if layer is not head and self._check_target_module_exists(by_ending, name)
+        }
+
+    def _packed_layers(self) -> dict[str, nn.Module]:
+        """GPTQ layers by the name they have in the model without adapters."""
+        return {
+            name.removesuffix(_BASE_LAYER_SUFFIX): module
+            for name, module in self.model.named_modules()
+            if gptq.is_packed(module)
+        }
+
+    def _read_targets(self, config: Any, packed_layers: dict[str, nn.Module]) -> dict[str, gptq.PackedFormat]:
+        """Formats of the targeted layers."""
+        formats = {}
+        inside_adapters: tuple[str, ...] = ()
+        for name, module in self.model.named_modules():
+            if not name or name.startswith(inside_adapters):
+                continue
+            if isinstance(module, self.linear_class):
+                inside_adapters += (f"{name}.",)
+            if not self._check_target_module_exists(config, name):
+                continue
+            if isinstance(module, self.linear_class):
+                formats[name] = module.packed
+            elif name in packed_layers:
+                formats[name] = gptq.read_format(module, name)
+            elif not any(True for _ in module.children()):
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} matches {name}, a {type(module).__name__} without "
+                    f"GPTQ-packed weights, which {config.peft_type.value} cannot adapt. Leave it out with "
+                    "`exclude_modules`, or train it whole with `modules_to_save`."
+                )
+        _warn_if_mislabelled(formats)
+        return formats
+
+    def _match_base(self, config: Any, packed_layers: dict[str, nn.Module]) -> None:
+        """Record the base an adapter is for, or refuse one that was trained on another."""
+        layers = {name: packed_layers[name] for name in self._formats}
+        if any(gptq.packed_tensors(layer).qweight.is_meta for layer in layers.values()):
+            return
+        digests = []
+        for name, layer in layers.items():
+            adapted = self.model.get_submodule(name)
+            is_adapted = isinstance(adapted, AdaptedLinear)
+            tensors = adapted.base_tensors() if is_adapted else gptq.packed_tensors(layer)
+            packed = self._formats[name]
+            digests.append(layer_digest(tensors, packed.bits, packed.zero_offset))
+        found = _describe_base(list(self._formats.values()), checkpoint_format(self.model), fingerprint(digests))
+        expected = config.base_quantization
+        if expected is not None and expected.get("fingerprint") != found["fingerprint"]:
+            raise ValueError(
+                f"This adapter was trained on another base model: it expects {expected}, this model is {found}. Load "
+                f"the base it was trained on ({config.base_model_name_or_path}), unchanged."
+            )
+        config.base_quantization = found
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        options = self._layer_options(peft_config, current_key)
+        if isinstance(target, self.linear_class):
+            target.update_layer(adapter_name, config=peft_config, **options)
+            return
+        packed = self._formats.get(current_key) or gptq.read_format(target, current_key)
+        layer = self.linear_class(target, adapter_name, peft_config, packed, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own copies `weight` to the new module, which GPTQ layers do not have
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_checkpoint_format(model)
+        if not self.peft_config[adapter_name].inference_mode:
+            prove_first_step(model, self.linear_class)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one name (or "__base__") a sample, to the layers: mixed batches at inference."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
+        layers = [module for module in self.modules() if isinstance(module, self.linear_class)]
+        known = {name for layer in layers for name in layer.own(list(self.peft_config))} | {"__base__"}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"`adapter_names` has unknown adapters {unknown}; there are {sorted(known)}.")
+        has_encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder_modules = set(self.model.get_encoder().modules()) if has_encoder else set()
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (self.linear_class, AuxiliaryTrainingWrapper)):
+                names = list(adapter_names) if module in encoder_modules else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _describe_base(
+    formats: list[gptq.PackedFormat], declared_format: str | None, base_fingerprint: str
+) -> dict[str, Any]:
+    """What an adapter records of the base it was trained on, JSON-stable."""
+
+    def summary(values: set[Any]) -> Any:
+        return values.pop() if len(values) == 1 else sorted(values)
+
+    return {
+        "bits": summary({packed.bits for packed in formats}),
+        "group_size": summary({packed.group_size for packed in formats if packed.groups > 1} or {-1}),
+        "sym": all(packed.symmetric for packed in formats),
+        "desc_act": any(packed.act_order for packed in formats),
+        "checkpoint_format": declared_format,
+        "fingerprint": base_fingerprint,
+    }
+
+
+def _warn_if_mislabelled(formats: dict[str, gptq.PackedFormat]) -> None:
+    """Some checkpoints hold symmetric zero points in one format and declare the other; the model is then useless."""
+    suspects = [
+        name
+        for name, packed in formats.items()
+        if packed.zero_point is not None and abs(packed.zero_point - (1 << (packed.bits - 1))) == 1
+    ]
+    if suspects:
+        warnings.warn(
+            f"Every zero point of {suspects[0]} and {len(suspects) - 1} more layers is off the middle by exactly one: "
+            "the checkpoint most likely declares the wrong zero point format. Try the other value ('gptq' or "
+            "'gptq_v2') of `checkpoint_format` in the quantization_config of its config.json.",
+            stacklevel=2,
+        )
+
+
+def _no_packed_layers(model: nn.Module, peft_type: str) -> str:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    method = getattr(method, "value", method)
+    return (
+        f"{peft_type} adapts GPTQ-packed layers, and {type(model).__name__} has none (quantization: {method}). "
+        'Load a GPTQ checkpoint with `quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`, or quantize '
+        "the float model first: `GPTQConfig(bits=4, dataset=[...], tokenizer=...)`."
+    )
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
