@@ -15,6 +15,7 @@ from .gptq import (  # noqa: E402
     restore_gptq_forward,
 )
 from .tuners.hotswap import hotswap_adapter  # noqa: E402
+from .tuners.lrec import LRECConfig, LRECModel, export_lora  # noqa: E402
 from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
 from .tuners.proof import TrainingError  # noqa: E402
 
@@ -23,10 +24,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "InvalidCheckpointError",
+    "LRECConfig",
+    "LRECModel",
     "PEQAConfig",
     "PEQAModel",
     "RepackedLayerError",
     "TrainingError",
+    "export_lora",
     "hotswap_adapter",
     "merge_checkpoint",
     "prepare_gptq_for_training",

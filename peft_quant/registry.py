@@ -9,6 +9,7 @@ from __future__ import annotations
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import PeftType, register_peft_method
 
 
@@ -45,3 +46,13 @@ def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTu
             "release of peft_quant made for this version of PEFT."
         )
     register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)
+
+
+def allow_hotswap(peft_type: PeftType, options: list[str]) -> None:
+    """Let PEFT hot-swap adapters of a method with LoRA's tensors and options.
+
+    Args:
+        peft_type: the method's type.
+        options: options of its own in which two adapters must agree, beside those of LoRA.
+    """
+    CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], *options]

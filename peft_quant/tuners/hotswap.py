@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import infer_device
 from peft.utils.save_and_load import load_peft_weights
 
+from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer, check_finite
 
@@ -23,7 +24,7 @@ def hotswap_adapter(
 ) -> None:
     """Replace the values of a loaded adapter by those of another one, in place.
 
-    PEFT's function of the same name, which knows LoRA only, extended to PEQA; other adapters are handed to PEFT's.
+    PEFT's function of the same name extended to PEQA; other adapters, LREC's among them, are handed to PEFT's.
 
     Args:
         model: the model with the loaded adapter; may be compiled.
@@ -37,6 +38,11 @@ def hotswap_adapter(
             the new one holds NaN. The model is left as it was.
     """
     new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    if isinstance(new, LRECConfig) and (new.rank_pattern or new.alpha_pattern):
+        raise ValueError(
+            f"{model_name_or_path} has rank_pattern={new.rank_pattern} and alpha_pattern={new.alpha_pattern}, which "
+            "PEFT's hot-swapping does not apply to the scaling of single layers. Load it with `load_adapter` instead."
+        )
     if not isinstance(new, PEQAConfig):
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return

@@ -145,12 +145,18 @@ class PackedTuner(BaseTuner):
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside_adapters):
                 continue
-            if isinstance(module, self.linear_class):
+            if isinstance(module, BaseTunerLayer):
                 inside_adapters += (f"{name}.",)
             if not self._check_target_module_exists(config, name):
                 continue
             if isinstance(module, self.linear_class):
                 formats[name] = module.packed
+            elif isinstance(module, BaseTunerLayer):
+                raise ValueError(
+                    f"{name} has adapters of another method already ({type(module).__name__}), which "
+                    f"{config.peft_type.value} does not go on top of. Take them off first, with `merge_and_unload()` "
+                    "or `unload()`, or leave the layer out with `exclude_modules`."
+                )
             elif name in packed_layers:
                 formats[name] = gptq.read_format(module, name)
             elif not any(True for _ in module.children()):

@@ -1,0 +1,18 @@
+"""LREC: a low-rank branch beside packed weights."""
+
+from ...registry import add_peft_type
+
+
+_PEFT_TYPE = add_peft_type("LREC")  # before the configuration, which names the type
+
+from ...registry import allow_hotswap, register  # noqa: E402
+from .config import LRECConfig  # noqa: E402
+from .export import export_lora  # noqa: E402
+from .layer import LRECLinear  # noqa: E402
+from .model import LRECModel  # noqa: E402
+
+
+__all__ = ["LRECConfig", "LRECLinear", "LRECModel", "export_lora"]
+
+register("lrec", LRECConfig, LRECModel)
+allow_hotswap(_PEFT_TYPE, ["base_quantization"])

@@ -1,0 +1,116 @@
+"""Configuration of LREC."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+
+# of LoRA's own options, those that LREC has too
+_LORA_OPTIONS = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+    }
+)
+
+
+@dataclass
+class LRECConfig(LoraConfig):
+    """Configuration of a [`LRECModel`], which trains a low-rank branch beside the packed weights of a GPTQ model (the
+    scheme of INT2.1, Chai et al., 2023, arXiv 2306.08162).
+
+    Args:
+        r (`int`): Rank of the branch.
+        lora_alpha (`int`): The branch is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout (`float`): Probability of dropping an element of the branch's input in training.
+        use_rslora (`bool`): See `lora_alpha`.
+        rank_pattern (`dict`): Ranks of single layers, by name, ending or regular expression.
+        alpha_pattern (`dict`): `lora_alpha` of single layers, likewise.
+        target_modules (`list[str]` or `str`, *optional*):
+            The GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
+            `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            The layers to leave out, written as for `target_modules`.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the transformer blocks to adapt. Not with a regular expression in `target_modules`.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of transformer blocks, if it is not a common one. Needs `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train whole and save with the adapter, for instance a classification head.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings to train, as in LoRA.
+        ensure_weight_tying (`bool`): Keep embeddings tied that are in `modules_to_save` or partly trained.
+        init_lora_weights (`bool` or `"gaussian"`):
+            How to draw A: `True` as `nn.Linear` does, `"gaussian"` with standard deviation `1 / r`. `False` draws B as
+            well, so that the branch is not zero, which is for tests only.
+        init_lrec_weights (`str`):
+            What the branch starts as: `"zero"`, which leaves the model as it is.
+        base_quantization (`dict`, *optional*):
+            Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+
+    Raises:
+        ValueError: for values that contradict each other or are not among those named above, and for LoRA's other
+            options.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "GPTQ layers to adapt: names, endings, a regular expression or 'all-linear' (default)."},
+    )
+    init_lrec_weights: str = field(
+        default="zero", metadata={"help": "What the branch starts as: 'zero' leaves the model as it is."}
+    )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_other_lora_options()
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} needs a dense base weight to start from or to change; "
+                "LREC's base is packed. Use True or 'gaussian'."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = None  # the same, and it goes with `layers_to_transform`
+        super().__post_init__()
+        self.peft_type = PeftType.LREC
+        for rank in (self.r, *self.rank_pattern.values()):
+            if rank <= 0:
+                raise ValueError(
+                    f"r={self.r} and rank_pattern={self.rank_pattern} hold the rank {rank}: use positive integers."
+                )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: use a probability of at least 0 and below 1.")
+        if self.init_lrec_weights != "zero":
+            raise ValueError(f"init_lrec_weights={self.init_lrec_weights!r}: use 'zero'.")
+
+    def _refuse_other_lora_options(self) -> None:
+        common = {option.name for option in fields(PeftConfig)}
+        for option in fields(LoraConfig):
+            if option.name in common or option.name in _LORA_OPTIONS:
+                continue
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            value = getattr(self, option.name)
+            if value != default:
+                raise ValueError(
+                    f"{option.name}={value!r} is an option of LoRA that LREC does not have. Leave it out, or use "
+                    "`LoraConfig` with `prepare_gptq_for_training`."
+                )

@@ -1,0 +1,58 @@
+"""LREC adapters as LoRA adapters."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import save_file
+
+from ...gptq.checkpoint import new_directory
+from .config import LRECConfig
+
+
+def export_lora(
+    adapter: str | os.PathLike[str] | PeftModel,
+    out: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    token: str | bool | None = None,
+) -> Path:
+    """Write an LREC adapter as a LoRA adapter, for PEFT without peft_quant and for engines that load LoRA.
+
+    The tensors are the same; the configuration becomes a `LoraConfig`, which no longer records the base model's
+    fingerprint. `out` appears once it is complete.
+
+    Args:
+        adapter: directory or Hub id of the adapter, or a model that has it loaded.
+        out: directory to write, which must not exist.
+        adapter_name: which of a model's adapters.
+        token: Hub token.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: the adapter is not LREC's, or the model has none of that name.
+    """
+    if isinstance(adapter, PeftModel):
+        with TemporaryDirectory() as saved:
+            adapter.save_pretrained(saved, selected_adapters=[adapter_name])
+            return export_lora(saved if adapter_name == "default" else Path(saved, adapter_name), out)
+    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    if not isinstance(config, LRECConfig):
+        raise ValueError(
+            f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
+        )
+    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    options = {option.name: getattr(config, option.name) for option in fields(LoraConfig)}
+    with new_directory(out) as directory:
+        LoraConfig(**options).save_pretrained(os.fspath(directory))
+        save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    return Path(out)
