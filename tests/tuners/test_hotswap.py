@@ -2,9 +2,10 @@ import pytest
 import torch
 from gptq_models import PlainMLP, load, save_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 
-from peft_quant import PEQAConfig, hotswap_adapter
+from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter
 
 
 def adapter(base, directory, **options):
@@ -98,3 +99,58 @@ def test_lora_goes_to_peft(tmp_path):
         model.base_model.model.head.lora_B["default"].weight.zero_()
     hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
     assert torch.equal(model.base_model.model.head.lora_B["default"].weight, expected)
+
+
+class TestLREC:
+    @pytest.fixture
+    def save(self, checkpoint, tmp_path):
+        def save(name, base=checkpoint, **options):
+            options = {"r": 4, "init_lora_weights": False, **options}
+            get_peft_model(load(base), LRECConfig(task_type="CAUSAL_LM", **options)).save_pretrained(tmp_path / name)
+            return tmp_path / name
+
+        return save
+
+    @pytest.mark.parametrize(
+        "options", ({}, {"lora_alpha": 3}, {"r": 2}, {"r": 6}), ids=("same", "alpha", "lower", "higher")
+    )
+    def test_takes_the_new_values(self, checkpoint, save, input_ids, options):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first"))
+        second = save("second", **options)
+        expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
+        assert not torch.allclose(logits(model, input_ids), expected)
+        hotswap_adapter(model, second, "default", torch_device="cpu")
+        torch.testing.assert_close(logits(model, input_ids), expected)
+
+    def test_a_compiled_model_is_not_compiled_again(self, checkpoint, save, input_ids):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first"))
+        prepare_model_for_compiled_hotswap(model)
+        second = save("second", lora_alpha=3)
+        expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(disable=False, error_on_recompile=True), torch.no_grad():
+            compiled = torch.compile(model, backend="aot_eager")
+            compiled(input_ids=input_ids, use_cache=False)
+            hotswap_adapter(compiled, second, "default", torch_device="cpu")
+            torch.testing.assert_close(compiled(input_ids=input_ids, use_cache=False).logits, expected)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        (
+            ({"target_modules": ["q_proj"]}, "for base_quantization"),
+            ({"use_rslora": True}, "for use_rslora"),
+            ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern=\{'q_proj': 2\}.*`load_adapter`"),
+        ),
+    )
+    def test_an_adapter_of_another_kind_is_refused(self, checkpoint, save, input_ids, options, message):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first"))
+        before = logits(model, input_ids)
+        with pytest.raises(ValueError, match=message):
+            hotswap_adapter(model, save("second", **options), "default", torch_device="cpu")
+        assert torch.equal(logits(model, input_ids), before)
+
+    def test_an_adapter_of_another_base_is_refused(self, checkpoint, save, tmp_path):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first"))
+        other = save_tiny_llama(tmp_path / "other", seed=1)
+        with pytest.raises(ValueError, match="for base_quantization"):
+            hotswap_adapter(model, save("second", base=other), "default", torch_device="cpu")

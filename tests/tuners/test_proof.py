@@ -6,7 +6,7 @@ from gptq_models import PlainMLP
 from peft import get_peft_model
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from peft_quant import PEQAConfig, TrainingError
+from peft_quant import LRECConfig, PEQAConfig, TrainingError
 
 
 @pytest.fixture
@@ -114,3 +114,23 @@ def test_inference_needs_no_proof():
     peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))
     assert hooks() == before
     del peft_model
+
+
+class TestLREC:
+    def test_a_first_step_that_moves_b_alone_is_proof(self):
+        peft_model = get_peft_model(PlainMLP(), LRECConfig())
+        layer = peft_model.base_model.model.up
+        before = layer.lora_A["default"].weight.detach().clone()
+        optimizer = torch.optim.SGD(trainable(peft_model), lr=1e-3)
+        backward(peft_model)
+        optimizer.step()
+        assert torch.equal(layer.lora_A["default"].weight, before)
+        assert layer.lora_B["default"].weight.any()
+
+    def test_weight_decay_of_a_is_none(self):
+        peft_model = get_peft_model(PlainMLP(), LRECConfig())
+        for parameter in trainable(peft_model):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-3, weight_decay=0.1)
+        with pytest.raises(TrainingError, match="none of the 2 adapter tensors has moved"):
+            optimizer.step()
