@@ -19,7 +19,7 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
     The kernels that GPTQ packages train with save every decoded weight for backward: 2 bytes a weight in 16 bits, four
     times the packed one. This puts [`peft_quant.gptq.linear`] in the place of the layers' forward (EMEF, 2306.08162),
     so that PEFT methods that take GPTQ layers (LoRA, OFT, MiSS, VeRA...) train in the memory of the packed model. PEQA
-    does so on its own.
+    and LREC do so on their own.
 
     Works in place, before or after `get_peft_model`, and again on the same model. Tensors, state dicts and saved
     checkpoints stay as they are, but for zero points that `save_pretrained` would have shifted: they are written as

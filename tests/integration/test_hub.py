@@ -8,10 +8,10 @@ import pytest
 import torch
 from gptq_models import load
 from hub_server import serve
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_quant import PEQAConfig, merge_checkpoint
+from peft_quant import LRECConfig, PEQAConfig, export_lora, merge_checkpoint
 
 
 @pytest.fixture
@@ -22,13 +22,16 @@ def hub(checkpoint, tmp_path):
     tuned.peft_config["default"].base_model_name_or_path = "user/base"
     tuned.save_pretrained(adapter)
     with serve({"user/base": checkpoint, "user/adapter": adapter}) as endpoint:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-        yield environment, tuned
+        yield fresh_client(endpoint, tmp_path), tuned
+
+
+def fresh_client(endpoint, tmp_path):
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "TORCHDYNAMO_DISABLE": "1",
+    }
 
 
 def run(code, environment, *arguments):
@@ -53,6 +56,8 @@ with torch.no_grad():
 
 MERGE = "import sys, peft_quant; peft_quant.merge_checkpoint('user/base', 'user/adapter', sys.argv[1])"
 
+EXPORT = "import sys, peft_quant; peft_quant.export_lora('user/adapter', sys.argv[1])"
+
 
 def test_an_adapter_and_its_base_load_by_id(hub, tmp_path, input_ids):
     environment, tuned = hub
@@ -73,6 +78,19 @@ def test_merging_by_id_equals_merging_files(hub, checkpoint, tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("merged", "expected")
     )
     assert merged == expected
+
+
+def test_exporting_by_id_equals_exporting_files(checkpoint, tmp_path):
+    config = LRECConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(load(checkpoint), config).save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "expected")
+    with serve({"user/adapter": tmp_path / "adapter"}) as endpoint:
+        result = run(EXPORT, fresh_client(endpoint, tmp_path), tmp_path / "exported")
+    assert result.returncode == 0, result.stderr
+    exported, expected = tmp_path / "exported", tmp_path / "expected"
+    weights = "adapter_model.safetensors"
+    assert (exported / weights).read_bytes() == (expected / weights).read_bytes()
+    assert PeftConfig.from_pretrained(exported) == PeftConfig.from_pretrained(expected)
 
 
 def test_an_unknown_id_is_named(hub, tmp_path):

@@ -60,9 +60,9 @@ class LRECModel(PackedTuner, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As LoRA's, also for adapters that choose their layers in different ways."""
+        """As LoRA's, also for adapters that choose their layers or scale their branches in different ways."""
         given = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
-        # LoRA's takes target rules and the rest of the options from the first adapter; those of layers and base differ
+        # LoRA's gives the new adapter the first one's options, which are not all true of the combination
         for name, config in given.items():
             self.peft_config[name] = replace(
                 config,
@@ -70,6 +70,7 @@ class LRECModel(PackedTuner, LoraModel):
                 exclude_modules=None,
                 layers_to_transform=None,
                 layers_pattern=None,
+                use_rslora=False,
                 init_lora_weights=True,
                 base_quantization=None,
             )

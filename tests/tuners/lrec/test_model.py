@@ -273,6 +273,25 @@ class TestSaveAndLoad:
         loaded = PeftModel.from_pretrained(load(checkpoint), tmp_path)
         assert torch.equal(logits(loaded, input_ids), logits(peft_model, input_ids))
 
+    @pytest.mark.parametrize("options", ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 4]}))
+    def test_tied_embeddings_stay_tied(self, checkpoint, tmp_path, options):
+        def tied():
+            model = load(checkpoint)
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+            return model
+
+        ids = torch.tensor([[3, 4, 5]])
+        peft_model = adapt(tied(), ensure_weight_tying=True, **options)
+        before = logits(peft_model, ids)
+        (trained,) = (p for name, p in peft_model.named_parameters() if p.requires_grad and "lora_" not in name)
+        with torch.no_grad():
+            trained.mul_(2)
+        after = logits(peft_model, ids)
+        assert not torch.allclose(after[..., 3], before[..., 3])  # the head has the token's new embedding
+        peft_model.save_pretrained(tmp_path)
+        assert torch.equal(logits(PeftModel.from_pretrained(tied(), tmp_path), ids), after)
+
     def test_the_base_is_recorded(self, tuned):
         recorded = tuned.peft_config["default"].base_quantization
         assert (recorded["bits"], recorded["group_size"], len(recorded["fingerprint"])) == (4, 32, 32)
@@ -348,9 +367,11 @@ class TestSeveralAdapters:
             {"target_modules": r".*\.0\.mlp\.(up|down)_proj"},
             {"target_modules": ["up_proj"], "layers_to_transform": [1]},
             {"exclude_modules": ["q_proj"]},
+            {"use_rslora": True},
+            {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 5}},
         ),
     )
-    def test_combining_adapters_of_unlike_target_rules(self, pair, input_ids, rules):
+    def test_combining_adapters_of_unlike_options(self, pair, input_ids, rules):
         pair.add_adapter("third", config(init_lora_weights=False, **rules))
         configs = {name: copy.copy(pair.peft_config[name]) for name in ("third", "other")}
         pair.base_model.set_adapter(["third", "other"])

@@ -71,6 +71,18 @@ def test_evaluation_between_steps_takes_no_gradient_away(checkpoint, tmp_path, b
     assert all(branch.any() for branch in branches(model).values())
 
 
+def test_gradient_accumulation_is_a_larger_batch(checkpoint, tmp_path):
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        model = adapted(load(checkpoint))
+        run = trainer(model, tmp_path, steps=2, gradient_accumulation_steps=accumulation, optim="sgd")
+        run.args.per_device_train_batch_size = run._train_batch_size = batch
+        run.train()
+        results.append(branches(model))
+    for name, branch in results[0].items():
+        torch.testing.assert_close(results[1][name], branch, rtol=1e-3, atol=1e-3 * branch.abs().max().item())
+
+
 @pytest.mark.parametrize("lora_dropout", (0.0, 0.1))
 def test_resuming_gives_the_same_bits(checkpoint, tmp_path, lora_dropout):
     def run(directory):
