@@ -251,32 +251,6 @@ def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def lora_linear(
-    layer: nn.Module,
-    packed: PackedFormat,
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """`y = x @ W + bias + scaling * x @ A^T @ B^T`; `x` and its `[..., R]` product are kept for backward.
-
-    Args:
-        layer: the GPTQ layer.
-        packed: its format, from [`read_format`].
-        x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
-        lora_a: A, `[R, K]`; receives a gradient.
-        lora_b: B, `[N, R]`; receives a gradient.
-        scaling: factor of the branch.
-
-    Returns:
-        `[..., N]` in the dtype of `x` (autocast's dtype where it is on), in which the branch is computed.
-    """
-    y = linear(layer, packed, x)
-    x = x.to(y.dtype)
-    return y + (x @ lora_a.t().to(y.dtype)) @ lora_b.t().to(y.dtype) * scaling
-
-
 def dequantize(
     layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -60,9 +60,9 @@ class PackedLoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         qweight, qzeros, scales, g_idx, *ctx.layout = packed
         rows = x.reshape(-1, x.shape[-1])
-        a, b = lora_a.to(x.dtype), (lora_b * scaling).to(x.dtype)
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         hidden = _product(rows, a.t())
-        y = _add_product(torch.ops.peft_quant.linear(rows, *packed), hidden, b.t())
+        y = _add_product(torch.ops.peft_quant.linear(rows, *packed), hidden, b.t(), scaling)
         ctx.scaling, ctx.leading = scaling, x.shape[:-1]
         ctx.save_for_backward(
             rows if ctx.needs_input_grad[_LORA_A] else None,
@@ -75,7 +75,7 @@ class PackedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, hidden, a, b, *packed = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
-        grad_hidden = _product(dy, b)
+        grad_hidden = _product(dy, b) * ctx.scaling
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.peft_quant.linear_grad_x(dy, *packed, *ctx.layout)
@@ -92,7 +92,10 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():  # which fuses the sum into what follows, and would copy `y` for `addmm_`
-        return y + _product(a, b)
-    return y.addmm_(a, b) if eager.compute_dtype(y) == y.dtype else y.add_(_product(a, b))
+def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """`y + scaling * a @ b`; overwrites `y`, but for the compiler, which fuses the sum into what follows."""
+    if torch.compiler.is_compiling():
+        return y + _product(a, b) * scaling
+    if eager.compute_dtype(y) == y.dtype:
+        return y.addmm_(a, b, alpha=scaling)
+    return y.add_(_product(a, b), alpha=scaling)
