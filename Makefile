@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: bench demo test lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
+
+# needs a GPU; the peers that are installed are measured too
+bench: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/bench.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -26,6 +30,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(BIN)/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
+	touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:

@@ -1,36 +1,80 @@
 """The README's table of training steps, from `results/train_step.csv`: median of what was measured for each cell.
 
-python benchmarks/table.py
+python benchmarks/table.py [DIRECTORY]
 """
 
 from __future__ import annotations
 
 import csv
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 
-def main() -> None:
-    cells = defaultdict(list)
-    with (Path(__file__).parent / "results" / "train_step.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            compiled = "compiled" if "--compile" in row["command"] else "eager"
-            setting = (row["method"], row["bits"], row["group"], row["layers"], row["seq"], compiled)
-            cells[(*setting, row["checkpointing"])].append((float(row["step_ms"]), float(row["peak_gb"])))
-    print("| method | bits | group | layers | tokens | | no checkpointing, ms / GB | checkpointing, ms / GB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for setting in dict.fromkeys(cell[:-1] for cell in cells):
-        columns = []
-        for checkpointing in ("0", "1"):
-            runs = cells.get((*setting, checkpointing))
-            if runs:
-                milliseconds, gigabytes = (statistics.median(values) for values in zip(*runs))
-                columns.append(f"{milliseconds:.0f} / {gigabytes:.1f}")
-            else:
-                columns.append("")
-        print("| " + " | ".join([*setting, *columns]) + " |")
+RESULTS = Path(__file__).parent / "results"
+SETTINGS = {
+    "--compile": "compiled",
+    "--liger": "Liger loss",
+    "--optimizer adamw8bit": "8-bit AdamW",
+    "--recompute-pointwise": "recomputing",
+    "--offload": "offloaded",
+}
+
+
+class Row(NamedTuple):
+    gpu: str
+    method: str
+    peer: str
+    bits: str
+    group: str
+    layers: str
+    tokens: str
+    settings: str
+
+
+class Cell(NamedTuple):
+    milliseconds: float
+    gigabytes: float | None
+
+    def __str__(self) -> str:
+        peak = "" if self.gigabytes is None else f" / {self.gigabytes:.1f}"
+        return f"{self.milliseconds:.0f}{peak}"
+
+
+def read(directory: Path) -> dict[Row, dict[str, Cell]]:
+    """The cells of every row of the table, by checkpointing."""
+    runs = defaultdict(list)
+    with (directory / "train_step.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            settings = [label for option, label in SETTINGS.items() if option in line["command"]]
+            row = Row(
+                *(line[name] for name in Row._fields[:6]),
+                tokens=f"{line['batch']} x {line['seq']}",
+                settings=", ".join(settings) or "eager",
+            )
+            runs[row, line["checkpointing"]].append((line["step_ms"], line["peak_gb"]))
+    rows: dict[Row, dict[str, Cell]] = defaultdict(dict)
+    for (row, checkpointing), measured in runs.items():
+        milliseconds = statistics.median(float(ms) for ms, _ in measured)
+        peaks = [float(peak) for _, peak in measured if peak]
+        rows[row][checkpointing] = Cell(milliseconds, statistics.median(peaks) if peaks else None)
+    return rows
+
+
+def show(directory: Path) -> None:
+    """Print a table for each GPU."""
+    rows = read(directory)
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        print(f"\n{gpu}: milliseconds a step / peak GB\n")
+        names = [*Row._fields[1:], "no checkpointing", "checkpointing"]
+        print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+        for row, cells in rows.items():
+            if row.gpu == gpu:
+                measured = [str(cells.get(checkpointing, "")) for checkpointing in ("0", "1")]
+                print("| " + " | ".join([*row[1:], *measured]) + " |")
 
 
 if __name__ == "__main__":
-    main()
+    show(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)

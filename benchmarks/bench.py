@@ -1,0 +1,109 @@
+"""The cells of the README's table, one after another, then the table and the plot.
+
+    python benchmarks/bench.py --only "--peer (ours|peft)" --deadline 500
+    python benchmarks/bench.py --deadline 0      # names the cells
+    python benchmarks/bench.py -- --shape tiny   # options for every cell, as here for a machine without a GPU
+
+Every cell is a call of `train_step.py`, in its own process. Those that failed (exit code 1) and those that found no time
+are named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import plot
+import table
+
+
+LEAN = "--liger --optimizer adamw8bit"
+FAST = f"--compile default {LEAN}"
+CELLS = (
+    # the 7B shape, 1 x 2048 tokens
+    f"--peer ours --method peqa {FAST}",
+    f"--peer ours --method lora {FAST}",
+    f"--peer ours --method lrec {FAST}",
+    f"--peer peft --method lora {FAST}",
+    f"--peer bitsandbytes --method lora {FAST}",
+    f"--peer gptqmodel --method lora {LEAN}",
+    f"--peer gptqmodel --method peqa {LEAN}",
+    f"--peer hqq --method lora {LEAN}",
+    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 0",
+    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 1",
+    # fewer bits
+    f"--peer ours --method peqa --bits 3 {FAST}",
+    f"--peer ours --method peqa --bits 2 {FAST}",
+    f"--peer ours --method lora --bits 3 {FAST}",
+    f"--peer ours --method lora --bits 2 {FAST}",
+    f"--peer gptqmodel --method lora --bits 2 {LEAN}",
+    f"--peer hqq --method lora --bits 2 {LEAN}",
+    # 1 x 512 tokens
+    f"--peer ours --method peqa --seq 512 {FAST}",
+    f"--peer ours --method lora --seq 512 {FAST}",
+    f"--peer ours --method lrec --seq 512 {FAST}",
+    f"--peer peft --method lora --seq 512 {FAST}",
+    f"--peer bitsandbytes --method lora --seq 512 {FAST}",
+    f"--peer gptqmodel --method lora --seq 512 {LEAN}",
+    "--peer unsloth --method lora --seq 512 --optimizer adamw8bit --checkpointing 0",
+    "--peer unsloth --method lora --seq 512 --optimizer adamw8bit --checkpointing 1",
+    # less memory
+    f"--peer ours --method peqa --checkpointing 0 --recompute-pointwise {FAST}",
+    f"--peer ours --method lora --checkpointing 0 --recompute-pointwise {FAST}",
+    f"--peer ours --method peqa --checkpointing 1 --offload {FAST}",
+    f"--peer ours --method lora --checkpointing 1 --offload {FAST}",
+    # the 65B shape
+    f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
+    f"--peer ours --method lora --shape 65b --checkpointing 1 {FAST}",
+    f"--peer bitsandbytes --method lora --shape 65b --checkpointing 1 {FAST}",
+    # what compiling, Liger's loss and 8-bit AdamW give
+    "--peer ours --method peqa --compile default",
+    "--peer ours --method peqa",
+    "--peer ours --method lora",
+    "--peer peft --method lora",
+    "--peer bitsandbytes --method lora",
+)
+SHORTEST = 20  # seconds: no cell gets through in less
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), help="cells whose options match")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds for all cells")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("options", nargs="*", help="further options of train_step.py, after --")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.deadline
+    script = os.path.relpath(Path(__file__).with_name("train_step.py"))
+    failed, no_time = [], []
+    for cell in filter(arguments.only.search, CELLS):
+        left = end - time.monotonic()
+        if left < SHORTEST:
+            no_time.append(f"no time: {cell}")
+            continue
+        print(f"# {cell}", flush=True)
+        start = time.monotonic()
+        command = [sys.executable, script, *cell.split(), *arguments.options, "--out", str(arguments.out)]
+        try:
+            code = subprocess.run(command, timeout=None if math.isinf(left) else left).returncode
+            if code:
+                failed.append(f"exit code {code}: {cell}")
+        except subprocess.TimeoutExpired:
+            no_time.append(f"stopped at the deadline: {cell}")
+        print(f"# {time.monotonic() - start:.0f} s", flush=True)
+    print("\n".join(failed + no_time), flush=True)
+    if (arguments.out / "train_step.csv").exists():
+        table.show(arguments.out)
+        plot.draw(arguments.out)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

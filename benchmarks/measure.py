@@ -1,0 +1,159 @@
+"""One cell: a model trained for a few steps, their times and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from random_llama import SHAPES, VOCABULARY
+from record import append, versions
+from torch import nn
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 3
+# what each peer packs, where --bits and --group do not say it
+FORMATS = {"peft": (16, None), "bitsandbytes": (4, 64), "unsloth": (4, 64)}
+
+
+def mark() -> Any:
+    """A point in the work given to the device."""
+    if DEVICE == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(start: Any, end: Any) -> float:
+    return (end - start) * 1e3 if DEVICE == "cpu" else start.elapsed_time(end)
+
+
+def allocated(model: nn.Module) -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.memory_allocated()
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
+    """Checkpointing, Liger's loss and compilation, as the cell asks."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if cell.checkpointing and cell.peer != "unsloth":
+        # nothing random in a block, so that no random state need be kept
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if cell.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        others = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=True, model=base, **others)
+    if cell.recompute_pointwise:
+        torch._functorch.config.ban_recompute_materialized_backward = False
+    if cell.compile:
+        if not cell.liger:
+            base.loss_function = torch.compile(base.loss_function)
+        for block in base.model.layers:
+            block.compile(fullgraph=cell.peer in ("ours", "peft"), mode=cell.compile)
+
+
+def offloading(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context in whose forward passes kept activations go to CPU memory, and come back for backward."""
+    if DEVICE == "cpu":  # they are there already
+        return contextlib.nullcontext()
+    from trl.models.activation_offloading import OffloadActivations
+
+    context = OffloadActivations()
+    context.update_model_params(model)
+    return context
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=1e-5, fused=DEVICE == "cuda")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=1e-5)
+
+
+def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str], nn.Module]) -> None:
+    """Append the cell's row to `train_step.csv`.
+
+    Args:
+        cell: the options of `train_step.py`, with one peer, one method and one value of checkpointing.
+        build: the peer's `build`.
+    """
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    model = build(cell, DEVICE).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gc.collect()
+    frozen_bytes = allocated(model) - sum(p.numel() * p.element_size() for p in trainable)
+    prepare(model, cell)
+    optimizer = make_optimizer(cell.optimizer, trainable)
+    offload = offloading(model) if cell.offload else contextlib.nullcontext()
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=cell.method != "peqa")
+    ids = torch.randint(0, VOCABULARY, (cell.batch, cell.seq), device=DEVICE)
+
+    def step() -> list[Any]:
+        marks = [mark()]
+        with autocast, offload:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        marks.append(mark())
+        loss.backward()
+        marks.append(mark())
+        optimizer.step()
+        optimizer.zero_grad()
+        return [*marks, mark()]
+
+    for _ in range(WARM_UP):
+        step()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    points = []
+    for _ in range(cell.repeat):
+        synchronize()
+        points += [step() for _ in range(cell.steps)]
+    synchronize()
+    steps = [[milliseconds(*pair) for pair in pairwise(marks)] for marks in points]
+    forward, backward, update = (statistics.median(times) for times in zip(*steps))
+    bits, group = FORMATS.get(cell.peer, (cell.bits, cell.group))
+    row = {
+        "method": cell.method,
+        "peer": cell.peer,
+        "bits": bits,
+        "group": group,
+        "layers": SHAPES[cell.shape]["num_hidden_layers"],
+        "batch": cell.batch,
+        "seq": cell.seq,
+        "checkpointing": cell.checkpointing,
+        "step_ms": round(statistics.median(sum(times) for times in steps), 1),
+        "fwd_ms": round(forward, 1),
+        "bwd_ms": round(backward, 1),
+        "opt_ms": round(update, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if DEVICE == "cuda" else None,
+        "model_gb": round(frozen_bytes / 1e9, 2),
+    }
+    append("train_step", cell.out, **row, versions=versions(*packages(cell)))
+    print(row, flush=True)
+
+
+def packages(cell: argparse.Namespace) -> list[str]:
+    used = {cell.peer} - {"ours", "peft"}
+    used |= {"liger-kernel"} if cell.liger else set()
+    used |= {"bitsandbytes"} if cell.optimizer == "adamw8bit" else set()
+    used |= {"trl"} if cell.offload else set()
+    return sorted(used)

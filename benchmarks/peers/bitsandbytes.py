@@ -1,0 +1,31 @@
+"""QLoRA: NF4 with double quantization. Everything but the adapters stays in bf16, which is its leanest form."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from random_llama import make_llama
+from torch import nn
+
+from .lora import add_lora
+
+
+def quantize(layer: nn.Linear, device: str) -> Linear4bit:
+    quantized = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantized.weight = Params4bit(layer.weight.data, quant_type="nf4", compress_statistics=True, module=quantized)
+    return quantized.to(device)
+
+
+def build(cell: argparse.Namespace, device: str) -> nn.Module:
+    model = make_llama(cell.shape, device, lambda layer: quantize(layer, device))
+    model.is_loaded_in_4bit = True
+    return add_lora(model)

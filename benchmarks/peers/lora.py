@@ -1,0 +1,19 @@
+"""The LoRA that every peer trains: rank 16 on all linear layers of the blocks, in fp32."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from random_llama import PROJECTIONS
+from torch import nn
+from transformers import PreTrainedModel
+
+
+RANK = ALPHA = 16
+
+
+def add_lora(model: PreTrainedModel, layers: dict[type[nn.Module], type[nn.Module]] | None = None) -> PeftModel:
+    """The model under LoRA; `layers` names the adapter class of layers that PEFT does not know."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS)
+    if layers:
+        config._register_custom_module(layers)
+    return get_peft_model(model, config)

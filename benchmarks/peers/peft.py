@@ -1,0 +1,14 @@
+"""PEFT's LoRA on dense bf16 weights: what quantization is compared to."""
+
+from __future__ import annotations
+
+import argparse
+
+from random_llama import make_llama
+from torch import nn
+
+from .lora import add_lora
+
+
+def build(cell: argparse.Namespace, device: str) -> nn.Module:
+    return add_lora(make_llama(cell.shape, device))

@@ -1,0 +1,55 @@
+"""The benchmarks run, at a tiny shape, and record what the README's table is printed from."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OPTIONS = ("--shape", "tiny", "--seq", "16", "--steps", "1", "--repeat", "2", "--checkpointing", "1")
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("results")
+    output = run(
+        "train_step.py", *OPTIONS, "--method", "peqa", "lora", "--peer", "ours", "peft", "--out", str(directory)
+    )
+    assert "peft: has no peqa, skipped" in output
+    return directory
+
+
+def test_rows(results):
+    with (results / "train_step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = [(row["peer"], row["method"], row["bits"], row["group"]) for row in rows]
+    assert measured == [("ours", "peqa", "4", "128"), ("ours", "lora", "4", "128"), ("peft", "lora", "16", "")]
+    for row in rows:
+        assert (row["layers"], row["batch"], row["seq"], row["checkpointing"]) == ("2", "1", "16", "1")
+        parts = [float(row[name]) for name in ("fwd_ms", "bwd_ms", "opt_ms")]
+        assert 0 < parts[0] + parts[1] < 2 * float(row["step_ms"])
+        assert "peft " in row["versions"]
+        # the command measures this row and no other
+        assert f"--method {row['method']} --shape tiny" in row["command"]
+        assert ("--peer" in row["command"]) == (row["peer"] != "ours")
+        assert "--out" not in row["command"]
+    # dense weights against packed ones: embeddings and head are the same
+    assert float(rows[0]["model_gb"]) < float(rows[2]["model_gb"])
+
+
+def test_table(results):
+    lines = run("table.py", str(results)).splitlines()
+    assert [line.split(" | ")[:8] for line in lines if line.startswith("| peqa")] == [
+        ["| peqa", "ours", "4", "128", "2", "1 x 16", "eager", ""]
+    ]
+    assert sum(line.startswith("| lora") for line in lines) == 2
