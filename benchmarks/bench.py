@@ -4,8 +4,8 @@
     python benchmarks/bench.py --deadline 0      # names the cells
     python benchmarks/bench.py -- --shape tiny   # options for every cell, as here for a machine without a GPU
 
-Every cell is a call of `train_step.py`, in its own process. Those that failed (exit code 1) and those that found no time
-are named at the end.
+Every cell is a call of `train_step.py`, in its own process. Those that failed (exit code 1) or found no time are named
+at the end.
 """
 
 from __future__ import annotations
