@@ -24,50 +24,41 @@ import table
 
 
 LEAN = "--liger --optimizer adamw8bit"
-FAST = f"--compile default {LEAN}"
+FAST = f"--compile default --recompute-pointwise {LEAN}"
+GRAPHS = FAST.replace("default", "reduce-overhead")
 CELLS = (
     # the 7B shape, 1 x 2048 tokens
+    f"--peer ours --method lrec {FAST}",
     f"--peer ours --method peqa {FAST}",
     f"--peer ours --method lora {FAST}",
-    f"--peer ours --method lrec {FAST}",
+    f"--peer ours --method lrec {GRAPHS}",
+    f"--peer ours --method lrec --checkpointing 1 --offload {FAST}",
+    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 0",
+    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 1",
     f"--peer peft --method lora {FAST}",
     f"--peer bitsandbytes --method lora {FAST}",
     f"--peer gptqmodel --method lora {LEAN}",
-    f"--peer gptqmodel --method peqa {LEAN}",
-    f"--peer hqq --method lora {LEAN}",
-    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 0",
-    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 1",
     # fewer bits
-    f"--peer ours --method peqa --bits 3 {FAST}",
-    f"--peer ours --method peqa --bits 2 {FAST}",
-    f"--peer ours --method lora --bits 3 {FAST}",
-    f"--peer ours --method lora --bits 2 {FAST}",
-    f"--peer gptqmodel --method lora --bits 2 {LEAN}",
-    f"--peer hqq --method lora --bits 2 {LEAN}",
+    f"--peer ours --method lrec --bits 2 --checkpointing 1 {FAST}",
+    f"--peer ours --method peqa --bits 2 --checkpointing 1 {FAST}",
+    f"--peer ours --method peqa --bits 3 --checkpointing 0 {FAST}",
     # 1 x 512 tokens
-    f"--peer ours --method peqa --seq 512 {FAST}",
-    f"--peer ours --method lora --seq 512 {FAST}",
-    f"--peer ours --method lrec --seq 512 {FAST}",
-    f"--peer peft --method lora --seq 512 {FAST}",
-    f"--peer bitsandbytes --method lora --seq 512 {FAST}",
-    f"--peer gptqmodel --method lora --seq 512 {LEAN}",
+    f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS}",
+    f"--peer ours --method peqa --seq 512 --checkpointing 0 {GRAPHS}",
+    f"--peer ours --method lrec --seq 512 --checkpointing 0 {FAST}",
     "--peer unsloth --method lora --seq 512 --optimizer adamw8bit --checkpointing 0",
-    "--peer unsloth --method lora --seq 512 --optimizer adamw8bit --checkpointing 1",
-    # less memory
-    f"--peer ours --method peqa --checkpointing 0 --recompute-pointwise {FAST}",
-    f"--peer ours --method lora --checkpointing 0 --recompute-pointwise {FAST}",
-    f"--peer ours --method peqa --checkpointing 1 --offload {FAST}",
-    f"--peer ours --method lora --checkpointing 1 --offload {FAST}",
+    f"--peer bitsandbytes --method lora --seq 512 --checkpointing 0 {FAST}",
     # the 65B shape
     f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
-    f"--peer ours --method lora --shape 65b --checkpointing 1 {FAST}",
-    f"--peer bitsandbytes --method lora --shape 65b --checkpointing 1 {FAST}",
     # what compiling, Liger's loss and 8-bit AdamW give
     "--peer ours --method peqa --compile default",
     "--peer ours --method peqa",
     "--peer ours --method lora",
+    "--peer ours --method lrec",
     "--peer peft --method lora",
     "--peer bitsandbytes --method lora",
+    f"--peer gptqmodel --method peqa {LEAN}",
+    f"--peer hqq --method lora {LEAN}",
 )
 SHORTEST = 20  # seconds: no cell gets through in less
 

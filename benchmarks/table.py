@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
-    "--compile": "compiled",
+    "--compile default": "compiled",
+    "--compile reduce-overhead": "compiled, CUDA graphs",
     "--liger": "Liger loss",
     "--optimizer adamw8bit": "8-bit AdamW",
     "--recompute-pointwise": "recomputing",
