@@ -40,7 +40,7 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
         local_files_only=True,
         use_exact_model_name=True,
         use_gradient_checkpointing=checkpointing,
-        device_map={"": device},
+        device_map={"": 0 if device == "cuda" else device},
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
