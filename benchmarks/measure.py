@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._functorch.config
 from random_llama import SHAPES, VOCABULARY
 from record import append, versions
 from torch import nn
