@@ -82,12 +82,13 @@ def unpack_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Ten
     Args:
         zero_offset: what the format subtracted from the zero points: 1 for `gptq` (v1), 0 for `gptq_v2`.
     """
-    if zero_offset and bits != 3:
+    if bits == 3:
+        zeros = unpack_rows(qzeros.t().contiguous(), bits).t().contiguous()
+        return (zeros + 1) & 7 if zero_offset else zeros
+    if zero_offset:
         qzeros = qzeros + _ONE_IN_EVERY_FIELD[bits]
-    zeros = unpack_rows(qzeros.t().contiguous(), bits).t()
-    if zero_offset and bits == 3:
-        zeros = (zeros + 1) & 7
-    return zeros.contiguous()
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=qzeros.device)
+    return (qzeros.unsqueeze(2) >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8).flatten(1)
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Tensor:
