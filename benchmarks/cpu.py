@@ -107,7 +107,7 @@ def main() -> None:
         for cell, t in layers.items()
     }
 
-    for tokens, rounds in ((512, 30), (64, 60)):
+    for tokens, rounds in ((512, 15), (64, 40)):
         x = torch.randn(tokens, SIZE, requires_grad=True)
         dy = torch.randn(tokens, SIZE)
         contestants = {("dense", 32, 0): dense}

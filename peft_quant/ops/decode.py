@@ -17,7 +17,7 @@ from .packing import unpack_zeros
 
 
 # rows start on a multiple of 32 so that a block is whole words at every bit width
-_ROW_ALIGNMENT = 32
+ROW_ALIGNMENT = 32
 
 _FLOAT_2_23 = 0x4B000000
 _UNIT_CODES = {2: 8, 3: 4, 4: 4, 8: 2}
@@ -40,8 +40,8 @@ class Block:
 
 def blocks(rows: int, target: int, group_size: int, g_idx: torch.Tensor | None) -> Iterator[Block]:
     """Cut `rows` rows into blocks of about `target` rows, each in whole words and, where possible, whole groups."""
-    target = max(_ROW_ALIGNMENT, target // _ROW_ALIGNMENT * _ROW_ALIGNMENT)
-    if g_idx is None and group_size % _ROW_ALIGNMENT and group_size < rows:
+    target = max(ROW_ALIGNMENT, target // ROW_ALIGNMENT * ROW_ALIGNMENT)
+    if g_idx is None and group_size % ROW_ALIGNMENT and group_size < rows:
         g_idx = torch.arange(rows) // group_size
     if g_idx is not None:
         for start in range(0, rows, target):
@@ -109,8 +109,9 @@ class Decoder:
                 if shift > 20:
                     low_bits = 32 - shift
                     units[:, i].bitwise_and_((1 << low_bits) - 1).bitwise_or_(words[:, word + 1] << low_bits)
+            units.bitwise_or_(_FLOAT_2_23)
         else:
             units = words.new_empty(len(words), 2, self.columns)
-            units[:, 0] = words
-            torch.bitwise_right_shift(words, 16, out=units[:, 1])
-        return units.bitwise_or_(_FLOAT_2_23).view(-1, 1, self.columns)
+            torch.bitwise_or(words, _FLOAT_2_23, out=units[:, 0])
+            torch.bitwise_right_shift(words, 16, out=units[:, 1]).bitwise_or_(_FLOAT_2_23)
+        return units.view(-1, 1, self.columns)

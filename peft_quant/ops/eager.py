@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from . import bags
-from .decode import Block, Decoder, blocks
+from .decode import ROW_ALIGNMENT, Decoder, blocks
 
 
 _DECODE_BLOCK_ELEMENTS = 1 << 20
-_PRODUCT_BLOCK_ROWS = 256  # at least: shorter ones make slow products
+_PRODUCT_BLOCK_ROWS = 512
 _GRADIENT_BLOCK_ROWS = 512
 
 
@@ -33,12 +33,14 @@ def dequantize(
 ) -> torch.Tensor:
     decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
     weight = torch.empty(decoder.rows, decoder.columns, dtype=dtype, device=qweight.device)
-    if dtype == torch.float32:
-        for block in blocks(decoder.rows, _decode_rows(decoder), group_size, g_idx):
-            decoder.decode(block, weight[block.start : block.stop])
-    else:
-        for block, decoded in _decoded(decoder, _decode_rows(decoder), group_size, g_idx):
-            weight[block.start : block.stop] = decoded
+    target = _DECODE_BLOCK_ELEMENTS // decoder.columns
+    buffer = None if dtype == torch.float32 else _buffer(decoder, target)
+    for block in blocks(decoder.rows, target, group_size, g_idx):
+        out = weight[block.start : block.stop]
+        if buffer is None:
+            decoder.decode(block, out)
+        else:
+            out.copy_(decoder.decode(block, buffer[: len(out)]))
     return weight
 
 
@@ -47,20 +49,27 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 
-def _decode_rows(decoder: Decoder) -> int:
-    return _DECODE_BLOCK_ELEMENTS // decoder.columns
+def _buffer(decoder: Decoder, target: int) -> torch.Tensor:
+    """Room for any of the blocks of about `target` rows."""
+    return torch.empty(max(target, ROW_ALIGNMENT), decoder.columns, device=decoder.qweight.device)
 
 
 def _decoded(
-    decoder: Decoder, target: int, group_size: int, g_idx: torch.Tensor | None
-) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Blocks of about `target` rows and their fp32 values, which the next block overwrites."""
-    buffer = torch.empty(0, device=decoder.qweight.device)
+    decoder: Decoder, tokens: int, group_size: int, g_idx: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Runs of rows long enough for a product, with their fp32 values, which the next run overwrites.
+
+    A run takes no more memory than twice what so many tokens take, or 512 rows and a block.
+    """
+    run = max(_PRODUCT_BLOCK_ROWS, 2 * tokens)
+    target = _DECODE_BLOCK_ELEMENTS // decoder.columns
+    buffer = _buffer(decoder, min(run, decoder.rows) + max(target, ROW_ALIGNMENT))
+    start = 0
     for block in blocks(decoder.rows, target, group_size, g_idx):
-        rows = block.stop - block.start
-        if rows > len(buffer):
-            buffer = torch.empty(rows, decoder.columns, device=decoder.qweight.device)
-        yield block, decoder.decode(block, buffer[:rows])
+        decoder.decode(block, buffer[block.start - start : block.stop - start])
+        if block.stop - start >= run or block.stop == decoder.rows:
+            yield slice(start, block.stop), buffer[: block.stop - start]
+            start = block.stop
 
 
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
@@ -85,8 +94,8 @@ def _linear_in_blocks(
 ) -> torch.Tensor:
     decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
     y = tokens.new_zeros(len(tokens), decoder.columns)
-    for block, weight in _decoded(decoder, max(_decode_rows(decoder), _PRODUCT_BLOCK_ROWS), group_size, g_idx):
-        y.addmm_(tokens[:, block.start : block.stop], weight)
+    for rows, weight in _decoded(decoder, len(tokens), group_size, g_idx):
+        y.addmm_(tokens[:, rows], weight)
     return y
 
 
@@ -97,8 +106,8 @@ def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
     decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
     tokens = dy.reshape(-1, dy.shape[-1]).to(compute_dtype(dy))
     dx = tokens.new_empty(len(tokens), decoder.rows)
-    for block, weight in _decoded(decoder, max(_decode_rows(decoder), _PRODUCT_BLOCK_ROWS), group_size, g_idx):
-        torch.mm(tokens, weight.t(), out=dx[:, block.start : block.stop])
+    for rows, weight in _decoded(decoder, len(tokens), group_size, g_idx):
+        torch.mm(tokens, weight.t(), out=dx[:, rows])
     return dx.view(*dy.shape[:-1], decoder.rows).to(dy.dtype)
 
 
@@ -117,7 +126,9 @@ def linear_grad_scales(
     dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
     decoder = Decoder(qweight, qzeros, None, bits, zero_offset)
     grad = torch.zeros(len(qzeros), decoder.columns, dtype=torch.float32, device=dy.device)
-    for block, centered in _decoded(decoder, _GRADIENT_BLOCK_ROWS, group_size, g_idx):
+    buffer = _buffer(decoder, _GRADIENT_BLOCK_ROWS)
+    for block in blocks(decoder.rows, _GRADIENT_BLOCK_ROWS, group_size, g_idx):
+        centered = decoder.decode(block, buffer[: block.stop - block.start])
         products = centered.mul_(x[:, block.start : block.stop].t() @ dy)
         if isinstance(block.groups, slice):
             grad[block.groups] += products.view(block.groups.stop - block.groups.start, -1, decoder.columns).sum(1)
