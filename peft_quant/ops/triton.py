@@ -80,16 +80,25 @@ def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl
 
 
 @triton.jit
+def _rows(unit, UNIT: tl.constexpr):
+    return unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+
+
+@triton.jit
 def _weight(
     q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size,
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr,
 ):  # fmt: skip
-    """The weight of some units, fp32 `[units, UNIT, columns]`, and the numbers of its rows, `[units, UNIT]`."""
+    """The weight of some units, fp32 `[units, UNIT, columns]`.
+
+    Pointers that a kernel stores to must not be computed from what this returns: the compiler, which cannot look into
+    it, would then take all tensors passed to it for written to, and copy them.
+    """
     inside = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
     units = _units(q_ptr, unit, column, columns, inside, BITS)
     shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
     codes = ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
-    row = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    row = _rows(unit, UNIT)
     if GROUPING == _GROUP_OF_UNIT:
         group = (unit * UNIT // group_size)[:, None]
         zeros = _zero_points(z_ptr, group, column[None, :], columns, inside, BITS, V1)[:, None, :]
@@ -102,7 +111,7 @@ def _weight(
         zeros = _zero_points(z_ptr, group, column[None, None, :], columns, inside[:, None, :], BITS, V1)
         pointers = s_ptr + group * columns + column[None, None, :]
         scales = tl.load(pointers, mask=inside[:, None, :], other=0).to(tl.float32)
-    return (codes - zeros).to(tl.float32) * scales, row
+    return (codes - zeros).to(tl.float32) * scales
 
 
 @triton.jit
@@ -113,9 +122,8 @@ def _dequantize_kernel(
 ):  # fmt: skip
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    weight, row = _weight(
-        q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING
-    )
+    weight = _weight(q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING)
+    row = _rows(unit, UNIT)
     inside = (row < rows)[:, :, None] & (column < columns)[None, None, :]
     pointers = out_ptr + row[:, :, None].to(tl.int64) * columns + column[None, None, :]
     tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=inside)
@@ -134,9 +142,7 @@ def _few_tokens_kernel(
     sums = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), SPLITS):
         unit = tile * UNITS + tl.arange(0, UNITS)
-        weight, _ = _weight(
-            q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING
-        )
+        weight = _weight(q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING)
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         x = tl.load(x_ptr + token[:, None] * rows + row[None, :], mask=inside, other=0)
