@@ -1,0 +1,85 @@
+"""Compiles packed products as for a GPU, without one, and writes the shapes of what forward passes return and keep.
+
+A script of its own, because Triton's interpreter, under which other tests run kernels, cannot be compiled.
+"""
+
+import functools
+import json
+import sys
+
+import torch
+import triton
+from gptq_models import random_packed
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils.checkpoint import checkpoint
+from triton.backends.compiler import GPUTarget
+
+from peft_quant import ops
+
+
+TOKENS, ROWS, COLUMNS, RANK = 32, 256, 512, 4
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class ForwardPassError(Exception):
+    """Ends a compilation, once it is known what the forward pass keeps."""
+
+
+def forward_compiler(graph, inputs):
+    (output,) = graph.graph.find_nodes(op="output")
+    kept = [node for node in output.args[0] if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+    raise ForwardPassError(json.dumps([list(node.meta["val"].shape) for node in kept]))
+
+
+BACKEND = aot_autograd(
+    fw_compiler=forward_compiler,
+    partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+)
+
+
+def compiled(function, *leaves):
+    torch._dynamo.reset()
+    try:
+        torch.compile(function, fullgraph=True, backend=BACKEND)(*leaves)
+    except Exception as error:
+        while not isinstance(error, ForwardPassError):
+            error = error.__cause__ or error.inner_exception
+        return json.loads(str(error))
+
+
+def main():
+    triton.runtime.driver.set_active(Driver())
+    FunctionalTensor.is_cuda = property(lambda tensor: True)
+    packed = random_packed(4, ROWS, COLUMNS, group_size=32)
+    t = packed.tensors
+    layout = (t["qweight"], t["qzeros"])
+    a, b = (torch.randn(shape, requires_grad=True) for shape in ((RANK, ROWS), (COLUMNS, RANK)))
+    scales = t["scales"].float().requires_grad_()
+    x = torch.randn(TOKENS, ROWS, requires_grad=True)
+
+    def peqa(x, scales):
+        return torch.sigmoid(ops.linear(torch.sigmoid(x), *layout, scales, None, 4, 32, 1))
+
+    def lrec(x, a, b):
+        return torch.sigmoid(ops.lora_linear(torch.sigmoid(x), a, b, 0.5, *layout, t["scales"], None, 4, 32, 1))
+
+    def checkpointed(function):
+        return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    results = {
+        "peqa": compiled(peqa, x, scales),
+        "lrec": compiled(lrec, x, a, b),
+        "peqa, checkpointed": compiled(checkpointed(peqa), x, scales),
+        "lrec, checkpointed": compiled(checkpointed(lrec), x, a, b),
+    }
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
