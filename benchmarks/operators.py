@@ -2,7 +2,9 @@
 
     python benchmarks/operators.py --out benchmarks/results
 
-Times are medians of `triton.testing.do_bench`. Bytes count what an operator must move at least.
+Times are medians of `triton.testing.do_bench`; with one to 32 tokens, of CUDA graphs, because launches would take
+longer than the work. Bytes count what an operator must move at least. `share_of_copy` is of the speed of a large copy;
+the rows `copy` with a shape are copies of as many bytes as the decoding above them moves.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 from record import append, device_name
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from peft_quant import ops
 
@@ -24,6 +26,14 @@ SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 def microseconds(function: Callable[..., object], *arguments: object) -> float:
     function(*arguments)
     return do_bench(lambda: function(*arguments), warmup=20, rep=60, return_mode="median") * 1e3
+
+
+def graph_microseconds(function: Callable[..., object], *arguments: object) -> float:
+    return do_bench_cudagraph(lambda: function(*arguments), rep=20, return_mode="median") * 1e3
+
+
+def decoded_product(x: torch.Tensor, *packed: object) -> torch.Tensor:
+    return x @ ops.dequantize(*(*packed, x.dtype))
 
 
 def random_layer(
@@ -46,7 +56,6 @@ def main() -> None:
     source = torch.empty(2**30, dtype=torch.int8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = 2 * 2**30 / microseconds(target.copy_, source) / 1e3
-    source = target = None
     print(f"{device_name()}: copy {copy:.0f} GB/s", flush=True)
 
     def report(op: str, peer: str, us: float, moved: float | None = None, **row: object) -> None:
@@ -65,11 +74,23 @@ def main() -> None:
             moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
             us = microseconds(ops.dequantize, *packed, *layout, torch.bfloat16)
             report("dequantize", "ours", us, moved, **cell)
+        us = microseconds(target[: moved // 2].copy_, source[: moved // 2])
+        report("copy", "torch", us, moved, K=rows, N=columns)
         g_idx = (torch.arange(rows, device="cuda") // 128)[torch.randperm(rows, device="cuda")].int()
         packed = random_layer(4, rows, columns, 128)
         moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
         us = microseconds(ops.dequantize, *packed, g_idx, 4, 128, 1, torch.bfloat16)
         report("dequantize act-order", "ours", us, moved, bits=4, group=128, K=rows, N=columns)
+
+        for tokens in (1, 8, 32):
+            x = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
+            for bits in (2, 3, 4, 8):
+                packed = random_layer(bits, rows, columns, 128)
+                cell = {"M": tokens, "K": rows, "N": columns, "bits": bits, "group": 128}
+                us = graph_microseconds(torch.ops.peft_quant.linear, x, *packed, None, bits, 128, 1)
+                report("linear", "ours", us, **cell)
+                us = graph_microseconds(decoded_product, x, *packed, None, bits, 128, 1)
+                report("linear, decoded", "ours", us, **cell)
 
         for tokens in (512, 2048, 8192):
             x = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
@@ -88,6 +109,8 @@ def main() -> None:
                 report("grad_x", "ours", microseconds(operators.linear_grad_x, dy, *packed, *layout), **cell)
                 us = microseconds(operators.linear_grad_scales, x, dy, *packed[:2], *layout)
                 report("grad_scales", "ours", us, **cell)
+            us = microseconds(operators.linear_grad_scales, x, dy, *packed[:2], g_idx, 4, 128, 1)
+            report("grad_scales act-order", "ours", us, **cell)
 
 
 if __name__ == "__main__":
