@@ -38,6 +38,11 @@ def hotswap_adapter(
             the new one holds NaN. The model is left as it was.
     """
     new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    if isinstance(new, (LRECConfig, PEQAConfig)) and new.modules_to_save:
+        raise ValueError(
+            f"{model_name_or_path} trained modules_to_save={sorted(new.modules_to_save)}, which hot-swapping does not "
+            "replace. Load it with `load_adapter` instead."
+        )
     if isinstance(new, LRECConfig) and (new.rank_pattern or new.alpha_pattern):
         raise ValueError(
             f"{model_name_or_path} has rank_pattern={new.rank_pattern} and alpha_pattern={new.alpha_pattern}, which "
