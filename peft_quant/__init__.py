@@ -14,8 +14,9 @@ from .gptq import (  # noqa: E402
     prepare_gptq_for_training,
     restore_gptq_forward,
 )
+from .report import plot_layer_errors  # noqa: E402
 from .tuners.hotswap import hotswap_adapter  # noqa: E402
-from .tuners.lrec import LRECConfig, LRECModel, export_lora  # noqa: E402
+from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights  # noqa: E402
 from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
 from .tuners.proof import TrainingError  # noqa: E402
 
@@ -32,7 +33,9 @@ __all__ = [
     "TrainingError",
     "export_lora",
     "hotswap_adapter",
+    "initialize_lrec_weights",
     "merge_checkpoint",
+    "plot_layer_errors",
     "prepare_gptq_for_training",
     "restore_gptq_forward",
 ]

@@ -17,6 +17,7 @@ ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
     "tuners": {"tuners", "gptq", "ops", "registry"},
+    "report": {"report", "ops"},
     "registry": set(),
     "compat": set(),
 }
@@ -24,6 +25,7 @@ FORBIDDEN = {
     "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "gptq": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "tuners": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "report": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
     "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
 }
@@ -66,7 +68,7 @@ start = time.perf_counter()
 import peft_quant
 seconds = time.perf_counter() - start
 import torch
-heavy = {"triton", "gptqmodel", "optimum", "auto_gptq", "bitsandbytes", "datasets"}
+heavy = {"triton", "gptqmodel", "optimum", "auto_gptq", "bitsandbytes", "datasets", "matplotlib"}
 loaded = heavy & (set(sys.modules) - before)
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()

@@ -48,7 +48,7 @@ class Checkpoint:
         directory = Path(directory)
         config_file = directory / "config.json"
         if not config_file.is_file():
-            raise FileNotFoundError(f"{directory} has no config.json: pass the directory of a GPTQ checkpoint.")
+            raise FileNotFoundError(f"{directory} has no config.json: pass the directory of a checkpoint.")
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(
@@ -68,6 +68,11 @@ class Checkpoint:
             raise KeyError(f"{self.directory} has no tensor named {name!r}.")
         with safe_open(self.shards[name], framework="pt") as shard:
             return shard.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, from its file's header."""
+        with safe_open(self.shards[name], framework="pt") as shard:
+            return tuple(shard.get_slice(name).get_shape())
 
     def copy_with(self, target: Path, names: set[str], replacement: Replacement) -> None:
         """Copy the checkpoint to an existing, empty directory, with some tensors replaced and all else byte-equal.

@@ -30,6 +30,9 @@ _LORA_OPTIONS = frozenset(
     }
 )
 
+FLOAT_STARTS = ("svd", "whitened")
+"""Starts computed from the float model."""
+
 
 @dataclass
 class LRECConfig(LoraConfig):
@@ -61,7 +64,8 @@ class LRECConfig(LoraConfig):
             How to draw A: `True` as `nn.Linear` does, `"gaussian"` with standard deviation `1 / r`. `False` draws B as
             well, so that the branch is not zero, which is for tests only.
         init_lrec_weights (`str`):
-            What the branch starts as: `"zero"`, which leaves the model as it is.
+            What the branch starts as: `"zero"`, which leaves the model as it is. `"svd"` and `"whitened"` are written
+            by [`initialize_lrec_weights`], which needs the float weights, and name the start of a saved adapter.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
 
@@ -75,7 +79,11 @@ class LRECConfig(LoraConfig):
         metadata={"help": "GPTQ layers to adapt: names, endings, a regular expression or 'all-linear' (default)."},
     )
     init_lrec_weights: str = field(
-        default="zero", metadata={"help": "What the branch starts as: 'zero' leaves the model as it is."}
+        default="zero",
+        metadata={
+            "help": "What the branch starts as: 'zero' leaves the model as it is; 'svd' and 'whitened' are written by "
+            "`initialize_lrec_weights`."
+        },
     )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
@@ -99,8 +107,8 @@ class LRECConfig(LoraConfig):
                 )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: use a probability of at least 0 and below 1.")
-        if self.init_lrec_weights != "zero":
-            raise ValueError(f"init_lrec_weights={self.init_lrec_weights!r}: use 'zero'.")
+        if self.init_lrec_weights not in ("zero", *FLOAT_STARTS):
+            raise ValueError(f"init_lrec_weights={self.init_lrec_weights!r}: use 'zero', 'svd' or 'whitened'.")
 
     def _refuse_other_lora_options(self) -> None:
         common = {option.name for option in fields(PeftConfig)}

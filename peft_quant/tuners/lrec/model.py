@@ -9,7 +9,7 @@ from peft import LoraModel
 from peft.utils.other import get_pattern_key
 
 from ..packed import PackedTuner
-from .config import LRECConfig
+from .config import FLOAT_STARTS, LRECConfig
 from .layer import CANNOT_MERGE, LRECLinear
 
 
@@ -49,6 +49,16 @@ class LRECModel(PackedTuner, LoraModel):
     linear_class = LRECLinear
     target_module_mapping: dict[str, list[str]] = {}
 
+    def _prepare_adapter_config(self, peft_config: LRECConfig, model_config: dict[str, Any]) -> LRECConfig:
+        start = peft_config.init_lrec_weights
+        # a saved adapter brings its weights along, and names its base
+        if start in FLOAT_STARTS and not peft_config.inference_mode and peft_config.base_quantization is None:
+            raise ValueError(
+                f"init_lrec_weights={start!r} needs the float weights. Leave it out of the configuration, and call "
+                f"`peft_quant.initialize_lrec_weights(model, float_model, start={start!r})` on the adapted model."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _layer_options(self, config: LRECConfig, name: str) -> dict[str, Any]:
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
@@ -72,6 +82,7 @@ class LRECModel(PackedTuner, LoraModel):
                 layers_pattern=None,
                 use_rslora=False,
                 init_lora_weights=True,
+                init_lrec_weights="zero",
                 base_quantization=None,
             )
         try:

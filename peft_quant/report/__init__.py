@@ -1,0 +1,6 @@
+"""What was done to a model, as pictures and tables."""
+
+from .layer_errors import plot_layer_errors
+
+
+__all__ = ["plot_layer_errors"]
