@@ -37,6 +37,8 @@ import torch
 DAMPINGS = (math.inf, 10.0, 1.0, 0.1, 0.01, 0.0)
 """Strengths to choose from, the plain singular value decomposition first."""
 
+_ROUNDING = 1e-9
+
 
 def low_rank(
     error: torch.Tensor, rank: int, covariance: torch.Tensor | None = None, damping: float = 0.0
@@ -82,7 +84,7 @@ def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: to
         left = _leading_vectors(*grams, rank, damping)
         # the error that stays is tr(target) less this
         explained = float((left * (target @ left)).sum())
-        if explained > most_explained:
+        if explained > most_explained * (1 + _ROUNDING):
             best, most_explained = damping, explained
     return best
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 _KINDS = {"weight": "weight error", "activation": "output error, held-out tokens"}
 
-_BLOCK = re.compile(r"(?:.*?\.)??(?P<block>\d+)\.(?P<module>.+)")
+_BLOCK = re.compile(r"(?P<members>.*?)\.(?P<position>\d+)\.(?P<module>.+)")
 
 
 class LayerErrors(Protocol):
@@ -52,7 +52,11 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
         raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
 
     places = {row.name: _place(row.name) for row in rows}
-    blocks = sorted({block for block, _ in places.values()}, key=lambda block: (block == "", len(block), block))
+    blocks = sorted({block for block, _ in places.values()})
+    one_list = len({members for members, _ in blocks}) == 1
+    labels = [
+        str(position) if one_list else f"{members}.{position}" if members else "" for members, position in blocks
+    ]
     modules = list(dict.fromkeys(module for _, module in places.values()))
     kinds = [kind for kind in _KINDS if any(getattr(row, f"{kind}_error_before") is not None for row in rows)]
     figure = Figure(
@@ -74,14 +78,14 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
             image = panel.imshow(grid, aspect="auto", vmin=0, vmax=max(values), cmap="viridis")
             panel.set_title(f"{_KINDS[kind]}: {when}")
             panel.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-            panel.set_yticks(range(len(blocks)), blocks)
+            panel.set_yticks(range(len(blocks)), labels)
             panel.set_ylabel("block")
         figure.colorbar(image, ax=list(panels))
     figure.savefig(path, format="png")
     return Path(path)
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Index of a layer's block, "" if it is in none, and its name there."""
+def _place(name: str) -> tuple[tuple[str, int], str]:
+    """The block of a layer, by list and position, and the layer's name there."""
     match = _BLOCK.fullmatch(name)
-    return (match["block"], match["module"]) if match else ("", name)
+    return ((match["members"], int(match["position"])), match["module"]) if match else (("", 0), name)
