@@ -17,7 +17,7 @@ ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
     "tuners": {"tuners", "gptq", "ops", "registry"},
-    "report": {"report", "ops"},
+    "report": {"report"},
     "registry": set(),
     "compat": set(),
 }
