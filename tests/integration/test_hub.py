@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from gptq_models import load
+from gptq_models import load, tiny_config
 from hub_server import serve
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from peft_quant import LRECConfig, PEQAConfig, export_lora, merge_checkpoint
+from peft_quant import LRECConfig, PEQAConfig, export_lora, initialize_lrec_weights, merge_checkpoint
 
 
 @pytest.fixture
@@ -58,6 +59,19 @@ MERGE = "import sys, peft_quant; peft_quant.merge_checkpoint('user/base', 'user/
 
 EXPORT = "import sys, peft_quant; peft_quant.export_lora('user/adapter', sys.argv[1])"
 
+START = """
+import sys
+import peft_quant
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+kernel = GPTQConfig(bits=4, backend="gptq_torch")
+model = AutoModelForCausalLM.from_pretrained("user/base", quantization_config=kernel, dtype="float32")
+model = get_peft_model(model, peft_quant.LRECConfig(task_type="CAUSAL_LM", r=4))
+peft_quant.initialize_lrec_weights(model, "user/float", "svd")
+model.save_pretrained(sys.argv[1])
+"""
+
 
 def test_an_adapter_and_its_base_load_by_id(hub, tmp_path, input_ids):
     environment, tuned = hub
@@ -91,6 +105,21 @@ def test_exporting_by_id_equals_exporting_files(checkpoint, tmp_path):
     weights = "adapter_model.safetensors"
     assert (exported / weights).read_bytes() == (expected / weights).read_bytes()
     assert PeftConfig.from_pretrained(exported) == PeftConfig.from_pretrained(expected)
+
+
+def test_a_start_from_a_float_model_by_id_equals_that_from_files(checkpoint, tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "float", max_shard_size="40KB")
+    model = get_peft_model(load(checkpoint), LRECConfig(task_type="CAUSAL_LM", r=4))
+    initialize_lrec_weights(model, tmp_path / "float", "svd")
+    model.save_pretrained(tmp_path / "expected")
+    with serve({"user/base": checkpoint, "user/float": tmp_path / "float"}) as endpoint:
+        result = run(START, fresh_client(endpoint, tmp_path), tmp_path / "adapter")
+    assert result.returncode == 0, result.stderr
+    adapter, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "expected"))
+    assert adapter.keys() == expected.keys()
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)  # threads change the rounding
 
 
 def test_an_unknown_id_is_named(hub, tmp_path):

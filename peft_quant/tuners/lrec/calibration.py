@@ -73,7 +73,7 @@ def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_Part
         if isinstance(batch, torch.Tensor):
             batch = {"input_ids": batch}
         tensors = [value for value in batch.values() if torch.is_tensor(value)] if isinstance(batch, Mapping) else []
-        if not tensors or any(tensor.ndim < 2 for tensor in tensors):
+        if not tensors or tensors[0].ndim < 2:
             raise ValueError(
                 f"`calibration` holds a {type(batch).__name__} that is not a batch: give dicts of tensors or tensors "
                 "of `input_ids`, of shape [sequences, tokens]."
@@ -83,7 +83,7 @@ def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_Part
         sequences += size
         for rows, is_held_out in ((~held_out, False), (held_out, True)):
             if rows.any():
-                inputs = {name: value[rows] if torch.is_tensor(value) else value for name, value in batch.items()}
+                inputs = {name: value[rows] if _is_batched(value, size) else value for name, value in batch.items()}
                 parts.append(_Part(inputs, is_held_out))
     if sequences < 2:
         raise ValueError(
@@ -91,6 +91,10 @@ def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_Part
             "more of the model's length are usual."
         )
     return parts
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0 and len(value) == size
 
 
 def covariances(
@@ -143,12 +147,16 @@ def _block_of(name: str) -> _Block | None:
     return _Block(match["members"], int(match["position"])) if match else None
 
 
+_Key = tuple[tuple[str, ...], bool]  # layers that get the same tensor, and whether it is held out
+
+
 class _Sums:
     """Sums of `x x^T` over the inputs of layers. Layers that always get the same tensor share one."""
 
     def __init__(self, layers: dict[str, LRECLinear]) -> None:
         self.layers = layers
-        self.sums: dict[tuple[tuple[str, ...], bool], tuple[torch.Tensor, int]] = {}
+        self.sums: dict[_Key, torch.Tensor] = {}
+        self.tokens: dict[_Key, int] = {}
         self.inputs: list[tuple[torch.Tensor, list[str]]] = []
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -168,32 +176,33 @@ class _Sums:
                 x = x[mask.to(x.device, torch.bool)]
             x = x.reshape(-1, x.shape[-1]).float()
             key = tuple(names), held_out
-            total, tokens = self.sums.get(key, (0, 0))
-            self.sums[key] = total + x.t() @ x, tokens + len(x)
+            if key not in self.sums:
+                self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
+            self.sums[key].addmm_(x.t(), x)
+            self.tokens[key] = self.tokens.get(key, 0) + len(x)
         self.inputs.clear()
 
     def covariances(self) -> dict[str, Covariances]:
-        means: dict[tuple[str, bool], torch.Tensor] = {}
-        for held_out in (False, True):
-            for name in self.layers:
-                parts = [value for (names, held), value in self.sums.items() if held is held_out and name in names]
-                tokens = sum(count for _, count in parts)
-                if not tokens:
-                    continue
-                (total, _), *others = parts
-                for more, _ in others:
-                    total = total + more
-                if not torch.isfinite(total).all():
+        means: dict[tuple[_Key, ...], torch.Tensor] = {}
+        of_layer = {}
+        for name in self.layers:
+            fit, held_out = (
+                tuple(key for key in self.sums if name in key[0] and key[1] is held and self.tokens[key])
+                for held in (False, True)
+            )
+            if not fit or not held_out:
+                continue
+            for keys in (fit, held_out):
+                if keys not in means:
+                    means[keys] = sum(self.sums[key] for key in keys) / sum(self.tokens[key] for key in keys)
+                if not torch.isfinite(means[keys]).all():
                     raise ValueError(
                         f"The input of {name} is NaN or infinite on calibration data. Run the model in float32 or "
                         "bfloat16."
                     )
-                means[name, held_out] = total / tokens
-        return {
-            name: Covariances(means[name, False], means[name, True])
-            for name in self.layers
-            if (name, False) in means and (name, True) in means
-        }
+            of_layer[name] = Covariances(means[fit], means[held_out])
+        self.sums.clear()
+        return of_layer
 
 
 @torch.no_grad()
