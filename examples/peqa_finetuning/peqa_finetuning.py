@@ -21,52 +21,34 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
-import os
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("GPTQMODEL_DISABLE_GIL_WARNING", "1")
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # or the first packing compiles C++ for a minute
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
-for noisy in ("torchao", "torch.utils._pytree", "optimum"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from stages import Stages, load, versions  # noqa: I001
 
-import torch  # noqa: E402
-from datasets import load_dataset  # noqa: E402
-from demo_assets import float_model, king_james, wikipedia  # noqa: E402
-from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
-from logbar import LogBar  # noqa: E402
-from measure import evaluate, probe_logits, windows  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import load_dataset
+from demo_assets import float_model, king_james, wikipedia
+from huggingface_hub import ModelCard, ModelCardData
+from measure import evaluate, probe_logits, windows
+from peft import PeftModel, get_peft_model
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPTQConfig,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging  # noqa: E402
 
-import peft_quant  # noqa: E402
-from peft_quant.gptq.quantize import quantize_checkpoint  # noqa: E402
-
-
-LogBar.shared().setLevel("ERROR")
-transformers_logging.set_verbosity_error()
+import peft_quant
+from peft_quant.gptq.quantize import quantize_checkpoint
 
 
 @dataclass
@@ -85,40 +67,6 @@ class Settings:
     def name(self) -> str:
         content = {**asdict(self), "train_text": hashlib.sha256(self.train_text.encode()).hexdigest()}
         return "adapter-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-class Stages:
-    """Results of the stages, with their seconds and peak memory, kept in a JSON file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-
-    def run(self, name: str, function: Callable[[], Any], artifact: Path | None = None) -> Any:
-        """The result of a stage (JSON): from the file, if it is there and so is what the stage made."""
-        if name not in self.results or (artifact is not None and not artifact.exists()):
-            print(f"\n== {name}", flush=True)
-            start = time.perf_counter()
-            value = function()
-            unit = 1 if sys.platform == "darwin" else 1024
-            self.results[name] = {
-                "value": value,
-                "seconds": round(time.perf_counter() - start, 1),
-                "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2),
-            }
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.results, indent=2))
-            temporary.replace(self.file)
-        return self.results[name]["value"]
-
-
-def load(model: str | Path) -> PreTrainedModel:
-    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint."""
-    kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, quantization_config=kernel, dtype=dtype, device_map=device)
 
 
 def train(settings: Settings, validation_text: str, directory: Path) -> None:
@@ -270,7 +218,7 @@ def evaluate_in_fresh_process(
 ) -> dict[str, float]:
     """Perplexities of the merged checkpoint, by a process that imports transformers and never peft_quant."""
     output = merged.with_suffix(".json")
-    command = [sys.executable, str(Path(__file__).with_name("measure.py")), str(merged), str(output)]
+    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "measure.py"), str(merged), str(output)]
     command += ["--windows", str(len(held_out["tuned"]))]
     for name in texts:
         command += ["--text", f"{name}={work / name}.txt"]
@@ -325,12 +273,6 @@ def report(rows: dict[str, dict[str, float]], differences: dict[str, float], sta
     for name, stage in stages.results.items():
         print(f"| {name} | {stage['seconds']} | {stage['peak_gb']} |")
     print(f"\n{versions()}")
-
-
-def versions() -> str:
-    packages = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
-    threads = f"{torch.get_num_threads()} threads" if not torch.cuda.is_available() else torch.cuda.get_device_name()
-    return f"{threads}; " + ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 if __name__ == "__main__":

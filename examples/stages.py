@@ -1,0 +1,71 @@
+"""What the examples share: a quiet environment, stages that are not done twice, and loading."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GPTQMODEL_DISABLE_GIL_WARNING", "1")
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # or the first packing compiles C++ for a minute
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
+for noisy in ("torchao", "torch.utils._pytree", "optimum"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from logbar import LogBar  # noqa: E402
+from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+
+LogBar.shared().setLevel("ERROR")
+transformers_logging.set_verbosity_error()
+
+
+class Stages:
+    """Results of the stages, with their seconds and peak memory, kept in a JSON file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def run(self, name: str, function: Callable[[], Any], artifact: Path | None = None) -> Any:
+        """The result of a stage (JSON): from the file, if it is there and so is what the stage made."""
+        if name not in self.results or (artifact is not None and not artifact.exists()):
+            print(f"\n== {name}", flush=True)
+            start = time.perf_counter()
+            value = function()
+            unit = 1 if sys.platform == "darwin" else 1024
+            self.results[name] = {
+                "value": value,
+                "seconds": round(time.perf_counter() - start, 1),
+                "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2),
+            }
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.results, indent=2))
+            temporary.replace(self.file)
+        return self.results[name]["value"]
+
+
+def load(model: str | Path) -> PreTrainedModel:
+    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint."""
+    kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model, quantization_config=kernel, dtype=dtype, device_map=device)
+
+
+def versions() -> str:
+    packages = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
+    threads = f"{torch.get_num_threads()} threads" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    return f"{threads}; " + ", ".join(f"{package} {version(package)}" for package in packages)
