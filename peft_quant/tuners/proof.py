@@ -64,36 +64,30 @@ class _Snapshot:
 
 
 class _Proof:
-    def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
-        self.model = weakref.ref(model, lambda _: self.close())
+    def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
         self.layer_class = layer_class
         self.snapshot: _Snapshot | None = None
-        self.handles = [
-            register_optimizer_step_pre_hook(self.before_step),
-            register_optimizer_step_post_hook(self.after_step),
-        ]
-
-    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        model = self.model()
-        overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler, whose fused step then does nothing
-        if model is not None and _involves(optimizer, model) and not overflow:
-            self.snapshot = _Snapshot(model, self.layer_class)
-
-    def after_step(self, *_: Any) -> None:
-        snapshot, self.snapshot = self.snapshot, None
-        if snapshot is not None and snapshot.trained:
-            self.close()
-            snapshot.check()
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        model = self.model()
-        if model is not None:
-            _under_proof.pop(model, None)
 
 
 _under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []  # never removed: PyTorch iterates over the hooks of all models while it calls them
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler, whose fused step then does nothing
+    if overflow:
+        return
+    for model, proof in list(_under_proof.items()):
+        if _involves(optimizer, model):
+            proof.snapshot = _Snapshot(model, proof.layer_class)
+
+
+def _after_step(*_: Any) -> None:
+    for model, proof in list(_under_proof.items()):
+        snapshot, proof.snapshot = proof.snapshot, None
+        if snapshot is not None and snapshot.trained:
+            del _under_proof[model]
+            snapshot.check()
 
 
 def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
@@ -107,7 +101,10 @@ def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> Non
         TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
     """
     if model not in _under_proof:
-        _under_proof[model] = _Proof(model, layer_class)
+        _under_proof[model] = _Proof(layer_class)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 def _involves(optimizer: Optimizer, model: nn.Module) -> bool:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from gptq_models import PlainMLP
 from peft import get_peft_model
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from peft_quant import LRECConfig, PEQAConfig, TrainingError
+from peft_quant.tuners.proof import _under_proof
 
 
 @pytest.fixture
@@ -18,9 +18,9 @@ def backward(peft_model):
     peft_model(torch.randn(3, 64)).pow(2).sum().backward()
 
 
-def hooks():
+def pending():
     gc.collect()
-    return len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
+    return len(_under_proof)
 
 
 def trainable(peft_model):
@@ -28,14 +28,13 @@ def trainable(peft_model):
 
 
 def test_a_step_that_trains_is_proof_and_ends_it():
-    gc.collect()
-    before = hooks()
+    before = pending()
     peft_model = get_peft_model(PlainMLP(), PEQAConfig())
-    assert hooks() == before + 2
+    assert pending() == before + 1
     optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
     backward(peft_model)
     optimizer.step()
-    assert hooks() == before
+    assert pending() == before
     optimizer.zero_grad()
     optimizer.step()
 
@@ -85,34 +84,48 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_proof(peft_model):
 def test_other_models_are_none_of_its_business(peft_model):
     other = torch.nn.Linear(2, 2)
     torch.optim.SGD(other.parameters(), lr=0.1).step()
-    before = hooks()
+    before = pending()
     optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
     backward(peft_model)
     optimizer.step()
-    assert hooks() == before - 2
+    assert pending() == before - 1
+
+
+def test_each_of_several_models_is_proven():
+    models = [get_peft_model(PlainMLP(), config) for config in (PEQAConfig(), LRECConfig(), PEQAConfig())]
+    before = pending()
+    for i, peft_model in enumerate(models):
+        optimizer = torch.optim.SGD(trainable(peft_model), lr=1e-4)
+        if i < 2:
+            backward(peft_model)
+            optimizer.step()
+            assert pending() == before - i - 1
+        else:
+            with pytest.raises(TrainingError, match="none of the 2 adapter tensors"):
+                optimizer.step()
 
 
 def test_a_model_that_is_never_trained_leaves_nothing_behind():
-    before = hooks()
+    before = pending()
     peft_model = get_peft_model(PlainMLP(), PEQAConfig())
     del peft_model
-    assert hooks() == before
+    assert pending() == before
 
 
 def test_a_second_adapter_is_under_proof_too():
-    before = hooks()
+    before = pending()
     peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))
     peft_model.add_adapter("second", PEQAConfig())
-    assert hooks() == before + 2
+    assert pending() == before + 1
     peft_model.set_adapter("second")
     with pytest.raises(TrainingError, match="none of the 2 adapter tensors"):
         torch.optim.AdamW(trainable(peft_model), lr=1e-4).step()
 
 
 def test_inference_needs_no_proof():
-    before = hooks()
+    before = pending()
     peft_model = get_peft_model(PlainMLP(), PEQAConfig(inference_mode=True))
-    assert hooks() == before
+    assert pending() == before
     del peft_model
 
 
