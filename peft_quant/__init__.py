@@ -3,6 +3,8 @@
 Importing this package registers its methods with PEFT; use them through `get_peft_model` and `PeftModel`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compat import require_supported_peft
 
 
@@ -21,16 +23,23 @@ from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
 from .tuners.proof import TrainingError  # noqa: E402
 
 
+if TYPE_CHECKING:
+    from .tuners.lrec.correction import LRECTrainer, LRECTrainingArguments
+    from .tuners.lrec.teacher import cache_teacher
+
 __version__ = "0.1.0"
 
 __all__ = [
     "InvalidCheckpointError",
     "LRECConfig",
     "LRECModel",
+    "LRECTrainer",
+    "LRECTrainingArguments",
     "PEQAConfig",
     "PEQAModel",
     "RepackedLayerError",
     "TrainingError",
+    "cache_teacher",
     "export_lora",
     "hotswap_adapter",
     "initialize_lrec_weights",
@@ -39,3 +48,18 @@ __all__ = [
     "prepare_gptq_for_training",
     "restore_gptq_forward",
 ]
+
+# imported when asked for: transformers' Trainer takes longer to import than all else here
+_LAZY = {
+    "LRECTrainer": "correction",
+    "LRECTrainingArguments": "correction",
+    "cache_teacher": "teacher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".tuners.lrec.{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
