@@ -194,7 +194,10 @@ class _Sums:
                 continue
             for keys in (fit, held_out):
                 if keys not in means:
-                    means[keys] = sum(self.sums[key] for key in keys) / sum(self.tokens[key] for key in keys)
+                    total = self.sums[keys[0]]
+                    for key in keys[1:]:
+                        total = total + self.sums[key]
+                    means[keys] = total / sum(self.tokens[key] for key in keys)
                 if not torch.isfinite(means[keys]).all():
                     raise ValueError(
                         f"The input of {name} is NaN or infinite on calibration data. Run the model in float32 or "

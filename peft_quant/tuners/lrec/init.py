@@ -183,7 +183,10 @@ def initialize_lrec_weights(
     with tqdm(total=len(layers), desc=f"LREC start ({start})", unit="layer") as progress:
         for names, inputs in by_block:
             for name in names:
-                factors[name], rows[name] = _start(name, layers[name], adapter_name, weights, start, inputs.get(name))
+                # popped: no covariance is held while the next block is run
+                covariance = inputs.pop(name, None)
+                factors[name], rows[name] = _start(name, layers[name], adapter_name, weights, start, covariance)
+                del covariance
                 progress.update()
     nearer = [row for row in rows.values() if row.weight_error_before < 1]
     if 2 * len(nearer) <= len(rows):
