@@ -198,7 +198,8 @@ def main() -> None:
         "evaluate float",
         lambda: evaluate(AutoModelForCausalLM.from_pretrained(run.float_model, dtype=torch.float32), run.held_out),
     )
-    run.stages.run("quantize", run.quantize, run.base)
+    if not run.base.exists():
+        run.stages.run("quantize", run.quantize, run.base)
     run.evaluate("GPTQ")
     svd, whitened = run.start("svd"), run.start("whitened")
     run.evaluate("start: svd", svd)
