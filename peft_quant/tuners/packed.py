@@ -69,10 +69,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):
             raise ValueError(
-                f"`adapter_names` names an adapter for each of {len(adapter_names)} samples, the batch has {len(x)}."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("`adapter_names` does not go with merged adapters: call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         outputs: dict[str, torch.Tensor] = {}
         rows = torch.empty(len(x), dtype=torch.long)
         order: list[int] = []
@@ -228,12 +231,16 @@ class PackedTuner(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: call `model.eval()` first."
+            )
         layers = [module for module in self.modules() if isinstance(module, self.linear_class)]
         known = {name for layer in layers for name in layer.own(list(self.peft_config))} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
-            raise ValueError(f"`adapter_names` has unknown adapters {unknown}; there are {sorted(known)}.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(known)}."
+            )
         has_encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         encoder_modules = set(self.model.get_encoder().modules()) if has_encoder else set()
         beams = kwargs.get("num_beams") or 1

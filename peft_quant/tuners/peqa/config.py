@@ -73,14 +73,15 @@ class PEQAConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        for option in ("layers_to_transform", "layers_pattern"):
+            if is_regex and getattr(self, option) is not None:
+                raise ValueError(
+                    f"`{option}` cannot be used when `target_modules` is a str. Put the indices into the regular "
+                    f"expression {self.target_modules!r}."
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`, which is None.")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
-            raise ValueError(
-                f"`layers_to_transform` does not go with the regular expression {self.target_modules!r} in "
-                "`target_modules`: put the indices into the expression."
-            )
         if self.serving_dtype not in (None, "bfloat16"):
             raise ValueError(
                 f"serving_dtype={self.serving_dtype!r}: use 'bfloat16', or None to serve the scales as stored."

@@ -389,11 +389,11 @@ class TestSeveralAdapters:
             assert torch.equal(generated[row, : alone.shape[1]], alone[0])
 
     def test_mixed_batch_bad_input(self, pair, input_ids):
-        with pytest.raises(ValueError, match="unknown adapters \\['absent'\\]"):
+        with pytest.raises(ValueError, match=r"non-existing adapter\(s\): absent"):
             logits(pair, input_ids, adapter_names=["absent", "default"])
-        with pytest.raises(ValueError, match="each of 3 samples, the batch has 2"):
+        with pytest.raises(ValueError, match="got 3 and 2"):
             logits(pair, input_ids, adapter_names=["default"] * 3)
-        with pytest.raises(ValueError, match="inference"):
+        with pytest.raises(ValueError, match="training mode"):
             logits(pair.train(), input_ids, adapter_names=["default", "default"])
 
     def test_delete(self, pair, input_ids):

@@ -34,7 +34,8 @@ def test_round_trip_through_json(tmp_path):
     (
         ({"serving_dtype": "float16"}, "serving_dtype='float16'.*'bfloat16'"),
         ({"layers_pattern": "h"}, "`layers_pattern` needs `layers_to_transform`"),
-        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "regular expression '.*q_proj'"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
+        ({"target_modules": ".*q_proj", "layers_pattern": "h"}, "`layers_pattern` cannot be used"),
     ),
 )
 def test_contradictions_are_named(options, message):
