@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: bench demo test lint format clean
+.PHONY: bench demo test test-conformance lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
@@ -13,6 +13,10 @@ bench: $(VENV)/.ready-bench
 
 test: lint
 	$(BIN)/python -m pytest
+
+# PEFT's own tests, from its source distribution, on our methods
+test-conformance: .venv-conformance/.ready
+	.venv-conformance/bin/python tests/conformance/run.py -n 2
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -36,5 +40,11 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
+.venv-conformance/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/pip install -q -c constraints.txt torch setuptools wheel
+	.venv-conformance/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[conformance]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .venv-conformance .cache
