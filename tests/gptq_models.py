@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,18 @@ def saved_for_backward(model: nn.Module, input_ids: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that was allocated at once on the CPU within `run`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 DENSE_BYTES = sum(64 * columns for columns in (64, 32, 32, 64, 96, 96, 96)) * 2 * 4
 """fp32 bytes of the packed weights of [`tiny_config`]'s two layers."""
 
@@ -185,6 +198,12 @@ def save_tiny_llama(
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return directory
+
+
+def float_llama(seed: int = 0, **options) -> LlamaForCausalLM:
+    """The model that [`save_tiny_llama`] quantizes."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_config(**options)).eval()
 
 
 def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options) -> PreTrainedModel:

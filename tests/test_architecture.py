@@ -71,6 +71,7 @@ import torch
 heavy = {"triton", "gptqmodel", "optimum", "auto_gptq", "bitsandbytes", "datasets", "matplotlib"}
 loaded = heavy & (set(sys.modules) - before)
 assert not loaded, loaded
+assert "transformers.trainer" not in sys.modules
 assert not torch.cuda.is_initialized()
 assert seconds < 1, seconds
 """

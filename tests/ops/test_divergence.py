@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gptq_models import peak_bytes
 from torch.nn import functional
 
 from peft_quant.ops import IGNORED, TopK, distillation_loss, top_k
@@ -193,18 +194,6 @@ def test_shapes_that_do_not_fit():
     entries = top_k(teacher, 3)
     with pytest.raises(ValueError, match=r"indices \[7, 3\] and log_probs \[7, 3\] does not fit 7 tokens"):
         distillation_loss(student, targets, TopK(entries.indices, entries.log_probs[:, 1:]))
-
-
-def peak_bytes(run):
-    """The most that was allocated at once within `run`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

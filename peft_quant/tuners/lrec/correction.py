@@ -153,6 +153,7 @@ class LRECTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that tokens are counted over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
         self._reset_logs()
+        self._evaluated = self._no_tokens()
         if self.teacher is not None:
             logger.info(str(self.teacher))
             self.teacher.to(self.args.device)
@@ -211,7 +212,7 @@ class LRECTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._evaluated = torch.zeros(len(self._terms) + 1, device=self.args.device)
+        self._evaluated = self._no_tokens()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         *sums, tokens = self.accelerator.gather(self._evaluated[None]).sum(0).tolist()
         if tokens and output.metrics is not None:
@@ -231,6 +232,9 @@ class LRECTrainer(Trainer):
     def _reset_logs(self) -> None:
         self._steps: set[int] = set()
         self._trained = torch.zeros(len(self._terms), device=self.args.device)
+
+    def _no_tokens(self) -> torch.Tensor:
+        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # sums of the terms, and of tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         targets = [next_tokens(batch) for batch in batch_samples]

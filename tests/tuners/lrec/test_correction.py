@@ -8,18 +8,12 @@ import pytest
 import torch
 from accelerate import disk_offload
 from datasets import Dataset, concatenate_datasets
-from gptq_models import load, save_tiny_llama, tiny_config
+from gptq_models import float_llama, load, peak_bytes, save_tiny_llama, tiny_config
 from peft import PeftModel, get_peft_model
 from torch.nn import functional
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_quant import LRECConfig, LRECTrainer, LRECTrainingArguments, PEQAConfig, cache_teacher
-
-
-def float_llama(seed=0, **options):
-    """The model that `save_tiny_llama` quantizes."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(tiny_config(**options)).eval()
 
 
 def texts(lengths=(16,) * 16, seed=0):
@@ -428,23 +422,11 @@ class TestSecondStage:
             assert torch.equal(loaded.eval()(ids).logits, corrected.eval()(ids).logits)
 
 
-def peak_bytes(run):
-    """The most that was allocated at once within `run`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def test_logits_exist_once(tmp_path, monkeypatch):
     """Forward and backward of one batch, of a vocabulary that outweighs all else."""
     monkeypatch.setattr("peft_quant.ops.divergence._CHUNK", 1 << 16)
     vocabulary, data = 8192, texts((64,) * 8)
-    monkeypatch.setattr("gptq_models.tiny_config", lambda: tiny_config(vocab_size=vocabulary))
+    monkeypatch.setattr("gptq_models.tiny_config", lambda **_: tiny_config(vocab_size=vocabulary))
     base = save_tiny_llama(tmp_path / "base")
     cache = cache_teacher(float_llama(vocab_size=vocabulary), data, tmp_path / "cache", k=8)
     logits = 8 * 64 * vocabulary * 4
@@ -593,6 +575,13 @@ class TestBadInput:
         args = LRECTrainingArguments(**plain_arguments(tmp_path))
         with pytest.raises(ValueError, match="`compute_loss_func` would replace"):
             LRECTrainer(model, args, teacher=float_llama(), compute_loss_func=lambda *_, **__: 0)
+
+    def test_several_gpus_in_one_process(self, two_bits, tmp_path, monkeypatch):
+        monkeypatch.setattr(LRECTrainingArguments, "n_gpu", 2)
+        model = adapted(two_bits)
+        model.is_parallelizable = model.model_parallel = False
+        with pytest.raises(ValueError, match="One process would use 2 GPUs"):
+            trainer(model, tmp_path, float_llama())
 
     def test_batches_without_labels(self, two_bits, tmp_path):
         run = trainer(adapted(two_bits), tmp_path, float_llama())
