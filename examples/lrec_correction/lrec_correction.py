@@ -170,8 +170,7 @@ class Run:
             if second:
                 model.add_adapter("task", self.config())
                 model.base_model.set_adapter(["default", "task"])
-                for parameter_name, parameter in model.named_parameters():
-                    parameter.requires_grad_(".task." in parameter_name)
+                model.set_requires_grad("default", False)
             arguments = peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate))
             Trainer(model, arguments, train_dataset=self.task_data(), data_collator=default_data_collator).train()
             return evaluate(model, self.held_out)
