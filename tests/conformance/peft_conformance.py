@@ -294,10 +294,12 @@ def method_of_the_test(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     name, module = request.node.originalname, request.module
     common = importlib.import_module("tests.testing_common")
     if config_class is PEQAConfig:
-        if not hasattr(request.node, "callspec") or "config_cls" not in request.node.callspec.params:
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        if "config_cls" not in parameters:
             monkeypatch.setattr(module, "LoraConfig", make, raising=False)
         if "mixed_adapter_batches" in name:
-            monkeypatch.setattr(common, "LoraConfig", PEQAConfig)  # what supports them, by PEFT's list
+            for where in (common, module):  # what supports them, by PEFT's lists
+                monkeypatch.setattr(where, "LoraConfig", PEQAConfig if "config_cls" in parameters else make)
         if "weighted" in name:
             monkeypatch.setattr(common, "IA3Config", PEQAConfig)  # combines without ranks
     if "modules_to_save" in name:

@@ -50,8 +50,17 @@ def gptq_linear(in_features: int, out_features: int, bias: bool = True) -> Torch
     return layer
 
 
+def frozen_parameter() -> nn.Parameter:
+    """For models of GPTQ layers alone, which have no parameter: PEFT's LoRA takes the device of the first."""
+    return nn.Parameter(torch.zeros(1), requires_grad=False)
+
+
 class PaddedModule(nn.Module):
     """A module whose inputs are filled up with zeros to as many features as GPTQ layers can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = frozen_parameter()
 
     def __call__(self, *args, **kwargs):
         args = [pad(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
@@ -82,7 +91,7 @@ class MLP(nn.Module):
         self.lin1 = (nn.Linear if self.float_head else gptq_linear)(32, 8, bias=bias)
         self.sm = nn.LogSoftmax(dim=-1)
         self.dtype = torch.float
-        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)  # some tests look for a float parameter
+        self.frozen = frozen_parameter()
 
     def forward(self, X):  # noqa: N803
         x = self.relu(self.lin0(pad(X.to(self.dtype)) / 32))
@@ -98,6 +107,7 @@ class MLP_2x_same_shape(nn.Module):  # noqa: N801
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
+        self.frozen = frozen_parameter()
         for name in ("lin0", "lin1", "lin2", "lin3"):
             setattr(self, name, gptq_linear(32, 32, bias))
 
