@@ -54,10 +54,11 @@ def _open_to_the_compiler(name: str) -> Callable[..., torch.Tensor]:
     """On a GPU, compiled code launches the kernels and products of an operator itself, which is cheaper."""
 
     def trace(mode: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not args[0].is_cuda:
+        path = _gpu_path() if args[0].is_cuda else eager
+        if path is eager:  # whose many small operations the compiler is not to see
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         with mode:
-            return getattr(_gpu_path(), name)(*args, **(kwargs or {}))
+            return getattr(path, name)(*args, **(kwargs or {}))
 
     return trace
 
