@@ -121,21 +121,25 @@ def tiny_config(**options) -> LlamaConfig:
     return LlamaConfig(**{**defaults, **options})
 
 
-def saved_for_backward(model: nn.Module, input_ids: torch.Tensor) -> int:
-    """Bytes that autograd keeps of a training forward pass, beside the model's own tensors."""
-    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def kept_for_backward(forward: Callable[[], object]) -> dict[int, int]:
+    """Bytes of the storages that autograd keeps of a forward pass, by their address."""
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.train()(input_ids=input_ids, labels=input_ids).loss
-    del loss
-    return sum(kept.values())
+        output = forward()
+    del output
+    return kept
+
+
+def saved_for_backward(model: nn.Module, input_ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a training forward pass, beside the model's own tensors."""
+    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = kept_for_backward(lambda: model.train()(input_ids=input_ids, labels=input_ids).loss)
+    return sum(size for pointer, size in kept.items() if pointer not in resident)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

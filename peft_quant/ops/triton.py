@@ -55,6 +55,14 @@ def _units(q_ptr, unit, column, columns, mask, BITS: tl.constexpr):
 
 
 @triton.jit
+def _codes(q_ptr, unit, column, columns, mask, BITS: tl.constexpr, UNIT: tl.constexpr):
+    """Codes of some units, int32 `[units, UNIT, columns]`."""
+    units = _units(q_ptr, unit, column, columns, mask, BITS)
+    shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
+    return ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
 def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl.constexpr):
     """Zero points as int32, in the common shape of `group` and `column`."""
     words = columns * BITS // 32
@@ -95,9 +103,7 @@ def _weight(
     it, would then take all tensors passed to it for written to, and copy them.
     """
     inside = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
-    units = _units(q_ptr, unit, column, columns, inside, BITS)
-    shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
-    codes = ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+    codes = _codes(q_ptr, unit, column, columns, inside, BITS, UNIT)
     row = _rows(unit, UNIT)
     if GROUPING == _GROUP_OF_UNIT:
         group = (unit * UNIT // group_size)[:, None]
@@ -186,9 +192,7 @@ def _sum_over_rows_kernel(
     else:
         unit = tile * (ROWS // UNIT) + tl.arange(0, ROWS // UNIT)
         whole = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
-        units = _units(q_ptr, unit, column, columns, whole, BITS)
-        shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
-        codes = ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+        codes = _codes(q_ptr, unit, column, columns, whole, BITS, UNIT)
     group = (tile * ROWS // group_size + tl.arange(0, GROUPS))[:, None]
     mask = (group * group_size < rows) & (column < columns)[None, :]
     zeros = _zero_points(z_ptr, group, column[None, :], columns, mask, BITS, V1)

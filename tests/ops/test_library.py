@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gptq_models import random_packed
+from gptq_models import kept_for_backward, random_packed
 
 from peft_quant import ops
 from peft_quant.ops import eager, reference
@@ -222,15 +222,7 @@ class TestSavedForBackward:
     rows, columns, tokens = 512, 256, 8
 
     def saved(self, function, *inputs):
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            function(*inputs)
-        return kept
+        return kept_for_backward(lambda: function(*inputs))
 
     def layer(self, layout="grouped"):
         return arguments(4, layout, rows=self.rows, columns=self.columns)

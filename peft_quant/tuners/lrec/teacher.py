@@ -55,8 +55,6 @@ class ModelTeacher:
         ValueError: quantized.
     """
 
-    gives_hidden = True
-
     def __init__(self, model: PreTrainedModel) -> None:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
@@ -117,8 +115,6 @@ class CachedTeacher:
     Raises:
         ValueError: not a cache, an incomplete or a damaged one.
     """
-
-    gives_hidden = False
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -245,8 +241,7 @@ def cache_teacher(
         f"times less than the fp32 logits of {tokens} tokens"
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with _replacing(directory / _MANIFEST) as file:
-        file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _write_manifest(directory, manifest)
     done = set(_Shards(directory, manifest["shards"]).entries)
     shard = _Shard()
     for batch in data:
@@ -321,8 +316,7 @@ class _Shard:
         with _replacing(path) as file:
             save_file(tensors, file)
         manifest["shards"].append({"file": path.name, "sha256": _file_digest(path)})
-        with _replacing(directory / _MANIFEST) as file:
-            file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _write_manifest(directory, manifest)
         return _Shard()
 
 
@@ -375,6 +369,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             "with `cache_teacher`, or use the version of peft_quant that wrote it."
         )
     return manifest
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    with _replacing(directory / _MANIFEST) as file:
+        file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _file_digest(path: Path) -> str:

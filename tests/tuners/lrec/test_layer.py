@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gptq_models import PlainLayer, PlainMLP, random_packed
+from gptq_models import PlainLayer, PlainMLP, kept_for_backward, random_packed
 from peft import get_peft_model
 from torch import nn
 
@@ -160,19 +160,6 @@ def test_patterns_set_ranks_and_scalings_of_single_layers():
     assert (base.down.lora_B["default"].weight.shape, base.down.scaling["default"]) == ((64, 4), 1.5)
 
 
-def saved_bytes(function):
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function()
-    del output
-    return kept
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("adapters", (1, 2))
 def test_what_is_kept_for_backward(dtype, adapters):
@@ -184,7 +171,7 @@ def test_what_is_kept_for_backward(dtype, adapters):
     model.base_model.set_adapter(list(layer.lora_A))
     x = torch.randn(tokens, rows, dtype=dtype, requires_grad=True)
     resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept = {pointer: size for pointer, size in saved_bytes(lambda: model(x)).items() if pointer not in resident}
+    kept = {pointer: size for pointer, size in kept_for_backward(lambda: model(x)).items() if pointer not in resident}
     assert kept.pop(x.data_ptr()) == x.nbytes
     intermediate = tokens * rank * adapters * dtype.itemsize
     assert intermediate in kept.values()
