@@ -17,6 +17,8 @@ from random_llama import SHAPES, VOCABULARY
 from record import append, versions
 from torch import nn
 
+from peft_quant.ops import IGNORED, distillation_loss, top_k
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
@@ -62,7 +64,7 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
     if cell.recompute_pointwise:
         torch._functorch.config.ban_recompute_materialized_backward = False
     if cell.compile:
-        if not cell.liger:
+        if not cell.liger and not cell.correction:
             base.loss_function = torch.compile(base.loss_function)
         layers = base.model.layers
         for i, block in enumerate(layers):  # with the checkpointing around it, which is no call of its own then
@@ -118,11 +120,19 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     offload = offloading(model) if cell.offload else contextlib.nullcontext()
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=cell.method != "peqa")
     ids = torch.randint(0, VOCABULARY, (cell.batch, cell.seq), device=DEVICE)
+    taught = top_k(torch.randn(ids.numel(), VOCABULARY, device=DEVICE), 64) if cell.correction else None
+
+    def compute_loss() -> torch.Tensor:
+        if not cell.correction:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+        logits = model(input_ids=ids, use_cache=False).logits
+        return distillation_loss(logits, targets, taught).loss / (cell.batch * (cell.seq - 1))
 
     def step() -> list[Any]:
         marks = [mark()]
         with autocast, offload:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = compute_loss()
         marks.append(mark())
         loss.backward()
         marks.append(mark())

@@ -6,7 +6,7 @@
 | method | what trains |
 |---|---|
 | `peqa` | fp32 deltas of all scales; on gptqmodel's layers, the bf16 scales themselves |
-| `lora` | PEFT's LoRA (rank 16, fp32, autocast to bf16); ours on layers of `prepare_gptq_for_training` |
+| `lora` | PEFT's LoRA (fp32, autocast to bf16); ours on layers of `prepare_gptq_for_training` |
 | `lrec` | the same shapes as `lora`, through `LRECConfig` |
 
 `--peer` says whose quantized layers: see `benchmarks/peers`. A peer that is not installed is skipped. Several peers or
@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=("7b", "65b", "tiny"), default="7b")
     parser.add_argument("--bits", type=int, default=4, help="of ours, gptqmodel and hqq")
     parser.add_argument("--group", type=int, default=128, help="of ours, gptqmodel and hqq; -1: one group")
+    parser.add_argument("--rank", type=int, default=16, help="of lora and lrec")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), nargs="+", default=[0, 1])
@@ -45,6 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="8 bits: bitsandbytes'")
     parser.add_argument(
         "--compile", choices=("default", "reduce-overhead"), help="compile each decoder layer and the loss"
+    )
+    parser.add_argument(
+        "--correction", action="store_true", help="LRECTrainer's loss: KL from a cached teacher's 64 largest words"
     )
     parser.add_argument("--liger", action="store_true", help="Liger's loss, which never holds the logits")
     parser.add_argument(
@@ -89,6 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if "unsloth" in arguments.peer and any(getattr(arguments, name) for name in OWN_SETTINGS):
         parser.error("unsloth brings its own: leave out --" + ", --".join(OWN_SETTINGS).replace("_", "-"))
+    if arguments.correction and arguments.liger:
+        parser.error("--correction needs the logits, which --liger never makes: leave out one")
     cells = []
     for peer in arguments.peer:
         if peer != "ours" and importlib.util.find_spec(peer) is None:

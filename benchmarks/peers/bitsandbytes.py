@@ -28,4 +28,4 @@ def quantize(layer: nn.Linear, device: str) -> Linear4bit:
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
     model = make_llama(cell.shape, device, lambda layer: quantize(layer, device))
     model.is_loaded_in_4bit = True
-    return add_lora(model)
+    return add_lora(model, cell.rank)

@@ -39,7 +39,7 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
     )
     if cell.method == "lora":
         model.quantization_method = "gptq"
-        return add_lora(model)
+        return add_lora(model, cell.rank)
     for layer in model.modules():
         if isinstance(layer, TorchLinear):
             scales = layer.scales

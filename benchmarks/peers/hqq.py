@@ -22,4 +22,4 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
 
     model = make_llama(cell.shape, device, quantize)
     model.hqq_quantized = True
-    return add_lora(model)
+    return add_lora(model, cell.rank)

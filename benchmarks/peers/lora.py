@@ -1,4 +1,4 @@
-"""The LoRA that every peer trains: rank 16 on all linear layers of the blocks, in fp32."""
+"""The LoRA that every peer trains: on all linear layers of the blocks, in fp32."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-RANK = ALPHA = 16
-
-
-def add_lora(model: PreTrainedModel, layers: dict[type[nn.Module], type[nn.Module]] | None = None) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, rank: int, layers: dict[type[nn.Module], type[nn.Module]] | None = None
+) -> PeftModel:
     """The model under LoRA; `layers` names the adapter class of layers that PEFT does not know."""
-    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
     if layers:
         config._register_custom_module(layers)
     return get_peft_model(model, config)

@@ -24,7 +24,9 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
     if cell.method == "peqa":
         return peft.get_peft_model(model, peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
     if cell.method == "lrec":
-        config = peft_quant.LRECConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules=PROJECTIONS)
+        config = peft_quant.LRECConfig(
+            task_type="CAUSAL_LM", r=cell.rank, lora_alpha=cell.rank, target_modules=PROJECTIONS
+        )
         return peft.get_peft_model(model, config)
     peft_quant.prepare_gptq_for_training(model)
-    return add_lora(model, {PackedLinear: GPTQLoraLinear})
+    return add_lora(model, cell.rank, {PackedLinear: GPTQLoraLinear})

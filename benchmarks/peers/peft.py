@@ -11,4 +11,4 @@ from .lora import add_lora
 
 
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
-    return add_lora(make_llama(cell.shape, device))
+    return add_lora(make_llama(cell.shape, device), cell.rank)

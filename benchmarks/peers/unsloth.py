@@ -21,8 +21,6 @@ import torch  # noqa: E402
 from random_llama import PROJECTIONS, save  # noqa: E402
 from torch import nn  # noqa: E402
 
-from .lora import ALPHA, RANK  # noqa: E402
-
 
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
     directory = CACHE / f"llama-{cell.shape}"
@@ -44,8 +42,8 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
-        r=RANK,
-        lora_alpha=ALPHA,
+        r=cell.rank,
+        lora_alpha=cell.rank,
         lora_dropout=0,
         bias="none",
         target_modules=PROJECTIONS,
