@@ -67,8 +67,12 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
         if not cell.liger and not cell.correction:
             base.loss_function = torch.compile(base.loss_function)
         layers = base.model.layers
-        for i, block in enumerate(layers):  # with the checkpointing around it, which is no call of its own then
-            layers[i] = torch.compile(block, fullgraph=cell.peer in ("ours", "peft"), mode=cell.compile)
+        options = {"fullgraph": cell.peer in ("ours", "peft"), "mode": cell.compile}
+        for i, block in enumerate(layers):
+            if cell.offload:  # checkpointing shows the offloading what it keeps: inputs of blocks, no packed weights
+                block.forward = torch.compile(block.forward, **options)
+            else:  # with the checkpointing, which is no call of its own then
+                layers[i] = torch.compile(block, **options)
 
 
 def offloading(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -56,27 +56,33 @@ def compiled(function, *leaves):
 def main():
     triton.runtime.driver.set_active(Driver())
     FunctionalTensor.is_cuda = property(lambda tensor: True)
-    packed = random_packed(4, ROWS, COLUMNS, group_size=32)
-    t = packed.tensors
-    layout = (t["qweight"], t["qzeros"])
-    a, b = (torch.randn(shape, requires_grad=True) for shape in ((RANK, ROWS), (COLUMNS, RANK)))
-    scales = t["scales"].float().requires_grad_()
+    layers = [random_packed(4, *shape, group_size=32).tensors for shape in ((ROWS, COLUMNS), (COLUMNS, ROWS))]
+    scales = [layer["scales"].float().requires_grad_() for layer in layers]
+    factors = [
+        torch.randn(shape, requires_grad=True)
+        for shape in ((RANK, ROWS), (COLUMNS, RANK), (RANK, COLUMNS), (ROWS, RANK))
+    ]
     x = torch.randn(TOKENS, ROWS, requires_grad=True)
 
-    def peqa(x, scales):
-        return torch.sigmoid(ops.linear(torch.sigmoid(x), *layout, scales, None, 4, 32, 1))
+    def peqa(x, *scales):
+        for layer, trained in zip(layers, scales):
+            x = ops.linear(torch.sigmoid(x), layer["qweight"], layer["qzeros"], trained, None, 4, 32, 1)
+        return torch.sigmoid(x)
 
-    def lrec(x, a, b):
-        return torch.sigmoid(ops.lora_linear(torch.sigmoid(x), a, b, 0.5, *layout, t["scales"], None, 4, 32, 1))
+    def lrec(x, *factors):
+        for layer, a, b in zip(layers, factors[::2], factors[1::2]):
+            tensors = (layer["qweight"], layer["qzeros"], layer["scales"])
+            x = ops.lora_linear(torch.sigmoid(x), a, b, 0.5, *tensors, None, 4, 32, 1)
+        return torch.sigmoid(x)
 
     def checkpointed(function):
         return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     results = {
-        "peqa": compiled(peqa, x, scales),
-        "lrec": compiled(lrec, x, a, b),
-        "peqa, checkpointed": compiled(checkpointed(peqa), x, scales),
-        "lrec, checkpointed": compiled(checkpointed(lrec), x, a, b),
+        "peqa": compiled(peqa, x, *scales),
+        "lrec": compiled(lrec, x, *factors),
+        "peqa, checkpointed": compiled(checkpointed(peqa), x, *scales),
+        "lrec, checkpointed": compiled(checkpointed(lrec), x, *factors),
     }
     json.dump(results, sys.stdout)
 

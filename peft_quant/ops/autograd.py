@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import eager
 
@@ -94,7 +95,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """`y + scaling * a @ b`; overwrites `y`, but for the compiler, which fuses the sum into what follows."""
-    if torch.compiler.is_compiling():
+    if isinstance(y, FunctionalTensor):
         return y + _product(a, b) * scaling
     if eager.compute_dtype(y) == y.dtype:
         return y.addmm_(a, b, alpha=scaling)

@@ -104,6 +104,8 @@ def dequantize(
     return torch.ops.peft_quant.dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
 
 
+# Dynamo would trace into their autograd Functions, and before PyTorch 2.13 lose there what checkpointing recomputes
+@torch.compiler.allow_in_graph
 def linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -121,6 +123,7 @@ def linear(
     return PackedLinear.apply(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset)
 
 
+@torch.compiler.allow_in_graph
 def lora_linear(
     x: torch.Tensor,
     lora_a: torch.Tensor,
