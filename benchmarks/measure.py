@@ -63,6 +63,7 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=True, model=base, **others)
     if cell.recompute_pointwise:
         torch._functorch.config.ban_recompute_materialized_backward = False
+        torch._functorch.config.ban_recompute_used_far_apart = False
     if cell.compile:
         if not cell.liger and not cell.correction:
             base.loss_function = torch.compile(base.loss_function)
@@ -121,7 +122,7 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     frozen_bytes = allocated(model) - sum(p.numel() * p.element_size() for p in trainable)
     prepare(model, cell)
     optimizer = make_optimizer(cell.optimizer, trainable)
-    offload = offloading(model) if cell.offload else contextlib.nullcontext()
+    offload = offloading(model) if cell.offload and cell.peer != "unsloth" else contextlib.nullcontext()
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=cell.method != "peqa")
     ids = torch.randint(0, VOCABULARY, (cell.batch, cell.seq), device=DEVICE)
     taught = top_k(torch.randn(ids.numel(), VOCABULARY, device=DEVICE), 64) if cell.correction else None
@@ -181,5 +182,5 @@ def packages(cell: argparse.Namespace) -> list[str]:
     used = {cell.peer} - {"ours", "peft"}
     used |= {"liger-kernel"} if cell.liger else set()
     used |= {"bitsandbytes"} if cell.optimizer == "adamw8bit" else set()
-    used |= {"trl"} if cell.offload else set()
+    used |= {"trl"} if cell.offload and cell.peer != "unsloth" else set()
     return sorted(used)

@@ -27,7 +27,7 @@ from pathlib import Path
 from peers import METHODS
 
 
-OWN_SETTINGS = ("compile", "liger", "offload", "recompute_pointwise")
+OWN_SETTINGS = ("compile", "liger", "recompute_pointwise")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,12 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--liger", action="store_true", help="Liger's loss, which never holds the logits")
     parser.add_argument(
-        "--offload", action="store_true", help="kept activations go to CPU memory (TRL's OffloadActivations)"
+        "--offload",
+        action="store_true",
+        help="kept activations go to CPU memory (TRL's OffloadActivations; unsloth's own)",
     )
     parser.add_argument(
         "--recompute-pointwise",
         action="store_true",
-        help="with --compile: recompute cheap results in backward even where they were written to memory",
+        help="with --compile: recompute all cheap results in backward, however far from their use",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser

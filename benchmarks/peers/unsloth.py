@@ -29,7 +29,7 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
         process = multiprocessing.get_context("spawn").Process(target=save, args=(cell.shape, directory))
         process.start()
         process.join()
-    checkpointing = "unsloth" if cell.checkpointing else False
+    checkpointing = ("unsloth" if cell.offload else True) if cell.checkpointing else False
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         str(directory),
         max_seq_length=cell.seq,
