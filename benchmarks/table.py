@@ -21,6 +21,8 @@ SETTINGS = {
     "--optimizer adamw8bit": "8-bit AdamW",
     "--recompute-pointwise": "recomputing",
     "--offload": "offloaded",
+    "--correction": "KL loss",
+    "--rank 32": "rank 32",
 }
 
 
