@@ -23,42 +23,50 @@ import plot
 import table
 
 
-LEAN = "--liger --optimizer adamw8bit"
-FAST = f"--compile default --recompute-pointwise {LEAN}"
+LEAN = "--liger"
+FAST = f"{LEAN} --compile default --recompute-pointwise"
 GRAPHS = FAST.replace("default", "reduce-overhead")
+ADAM8 = "--optimizer adamw8bit"
+CORRECTION = "--bits 2 --rank 32 --seq 512 --checkpointing 1"
 CELLS = (
     # the 7B shape, 1 x 2048 tokens
-    f"--peer ours --method lrec {FAST}",
-    f"--peer ours --method peqa {FAST}",
-    f"--peer ours --method lora {FAST}",
+    f"--peer ours --method lrec {FAST} {ADAM8}",
+    f"--peer ours --method lrec {GRAPHS} {ADAM8}",
     f"--peer ours --method lrec {GRAPHS}",
-    f"--peer ours --method lrec --checkpointing 1 --offload {FAST}",
-    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 0",
-    "--peer unsloth --method lora --optimizer adamw8bit --checkpointing 1",
-    f"--peer peft --method lora {FAST}",
-    f"--peer bitsandbytes --method lora {FAST}",
-    f"--peer gptqmodel --method lora {LEAN}",
+    f"--peer ours --method peqa {FAST}",
+    f"--peer ours --method peqa {FAST} {ADAM8}",
+    f"--peer ours --method peqa --checkpointing 0 {GRAPHS}",
+    f"--peer ours --method lora {FAST} {ADAM8}",
+    f"--peer ours --method lora --checkpointing 0 {GRAPHS}",
+    f"--peer unsloth --method lora --checkpointing 0 {ADAM8}",
+    f"--peer unsloth --method lora --checkpointing 1 {ADAM8}",
+    "--peer unsloth --method lora --checkpointing 0",
+    f"--peer peft --method lora {FAST} {ADAM8}",
+    f"--peer bitsandbytes --method lora {FAST} {ADAM8}",
+    f"--peer gptqmodel --method lora {LEAN} {ADAM8}",
+    f"--peer gptqmodel --method peqa {LEAN}",
+    f"--peer hqq --method lora {LEAN} {ADAM8}",
+    # kept activations in CPU memory
+    f"--peer ours --method lrec --checkpointing 1 --offload {FAST} {ADAM8}",
+    f"--peer unsloth --method lora --checkpointing 1 --offload {ADAM8}",
     # fewer bits
-    f"--peer ours --method lrec --bits 2 --checkpointing 1 {FAST}",
-    f"--peer ours --method peqa --bits 2 --checkpointing 1 {FAST}",
+    f"--peer ours --method lrec --bits 2 --checkpointing 1 {FAST} {ADAM8}",
     f"--peer ours --method peqa --bits 3 --checkpointing 0 {FAST}",
     # 1 x 512 tokens
+    f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS} {ADAM8}",
     f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS}",
-    f"--peer ours --method peqa --seq 512 --checkpointing 0 {GRAPHS}",
-    f"--peer ours --method lrec --seq 512 --checkpointing 0 {FAST}",
-    "--peer unsloth --method lora --seq 512 --optimizer adamw8bit --checkpointing 0",
-    f"--peer bitsandbytes --method lora --seq 512 --checkpointing 0 {FAST}",
+    f"--peer unsloth --method lora --seq 512 --checkpointing 0 {ADAM8}",
+    f"--peer bitsandbytes --method lora --seq 512 --checkpointing 0 {FAST} {ADAM8}",
+    # a step of LREC's correction
+    f"--peer ours --method lrec --correction {CORRECTION} --compile default --recompute-pointwise {ADAM8}",
+    f"--peer gptqmodel --method lora {CORRECTION} {LEAN} {ADAM8}",
     # the 65B shape
     f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
-    # what compiling, Liger's loss and 8-bit AdamW give
-    "--peer ours --method peqa --compile default",
+    # without compiling, and with PyTorch's loss
     "--peer ours --method peqa",
     "--peer ours --method lora",
     "--peer ours --method lrec",
     "--peer peft --method lora",
-    "--peer bitsandbytes --method lora",
-    f"--peer gptqmodel --method peqa {LEAN}",
-    f"--peer hqq --method lora {LEAN}",
 )
 SHORTEST = 20  # seconds: no cell gets through in less
 

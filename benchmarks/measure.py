@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -70,9 +71,11 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
         layers = base.model.layers
         options = {"fullgraph": cell.peer in ("ours", "peft"), "mode": cell.compile}
         for i, block in enumerate(layers):
-            if cell.offload:  # checkpointing shows the offloading what it keeps: inputs of blocks, no packed weights
+            # Checkpointing around compiled code shows the offloading inputs of blocks alone, no packed weights; and
+            # before PyTorch 2.13, compiled with a block, it does not recompute what is in other people's Functions.
+            if cell.offload or cell.peer not in ("ours", "peft"):
                 block.forward = torch.compile(block.forward, **options)
-            else:  # with the checkpointing, which is no call of its own then
+            else:
                 layers[i] = torch.compile(block, **options)
 
 
@@ -111,6 +114,8 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
         cell: the options of `train_step.py`, with one peer, one method and one value of checkpointing.
         build: the peer's `build`.
     """
+    if cell.profile and DEVICE == "cpu":
+        sys.exit("--profile needs a GPU")
     torch.manual_seed(0)
     torch.compiler.reset()
     gc.collect()
@@ -176,6 +181,30 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     }
     append("train_step", cell.out, **row, versions=versions(*packages(cell)))
     print(row, flush=True)
+    if cell.profile:
+        profile(step)
+
+
+def profile(step: Callable[[], Any], steps: int = 3, rows: int = 30) -> None:
+    """Print what a step keeps the GPU and the host's processor busy with."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    host = time.perf_counter() - start
+    synchronize()
+    wall = time.perf_counter() - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in kernels) / 1e3
+    launches = sum(event.count for event in kernels)
+    print(f"a step: host {host / steps * 1e3:.1f} ms, wall {wall / steps * 1e3:.1f} ms, ", end="")
+    print(f"GPU busy {busy / steps:.1f} ms with {launches // steps} kernels")
+    for event in kernels[:rows]:
+        print(f"{event.self_device_time_total / steps / 1e3:8.2f} ms {event.count // steps:6} x {event.key[:100]}")
 
 
 def packages(cell: argparse.Namespace) -> list[str]:
