@@ -213,6 +213,5 @@ def float_llama(seed: int = 0, **options) -> LlamaForCausalLM:
 def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options) -> PreTrainedModel:
     """Load a checkpoint as users are told to."""
     kernel = GPTQConfig(bits=bits, backend=backend)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=kernel, dtype=torch.float32, **options
-    ).eval()
+    options = {"dtype": torch.float32, **options}
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=kernel, **options).eval()

@@ -226,8 +226,8 @@ def lora_linear(
         layer: the GPTQ layer.
         packed: its format, from [`read_format`].
         x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
-        lora_a: fp32 `[R, K]`.
-        lora_b: fp32 `[N, R]`. Both factors and `x` receive gradients.
+        lora_a: `[R, K]`, floating point.
+        lora_b: `[N, R]`, floating point. Both factors and `x` receive gradients.
         scaling: factor of the low-rank branch.
 
     Returns:

@@ -64,7 +64,7 @@ class PackedLoraLinear(torch.autograd.Function):
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         hidden = _product(rows, a.t())
         y = _add_product(torch.ops.peft_quant.linear(rows, *packed), hidden, b.t(), scaling)
-        ctx.scaling, ctx.leading = scaling, x.shape[:-1]
+        ctx.scaling, ctx.leading, ctx.dtypes = scaling, x.shape[:-1], (lora_a.dtype, lora_b.dtype)
         ctx.save_for_backward(
             rows if ctx.needs_input_grad[_LORA_A] else None,
             hidden if ctx.needs_input_grad[_LORA_B] else None,
@@ -82,9 +82,9 @@ class PackedLoraLinear(torch.autograd.Function):
             grad_x = torch.ops.peft_quant.linear_grad_x(dy, *packed, *ctx.layout)
             grad_x = _add_product(grad_x, grad_hidden, a).view(*ctx.leading, a.shape[1])
         if ctx.needs_input_grad[_LORA_A]:
-            grad_a = _product(grad_hidden.t(), rows).float()
+            grad_a = _product(grad_hidden.t(), rows).to(ctx.dtypes[0])
         if ctx.needs_input_grad[_LORA_B]:
-            grad_b = _product(dy.t(), hidden).float() * ctx.scaling
+            grad_b = _product(dy.t(), hidden).to(ctx.dtypes[1]) * ctx.scaling
         return grad_x, grad_a, grad_b, *[None] * 8
 
 

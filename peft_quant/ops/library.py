@@ -139,7 +139,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """`y = x @ W + scaling * (x @ A^T) @ B^T` (LoRA, Hu et al., 2021, arXiv 2106.09685) with `W` packed.
 
-    `lora_a` is fp32 `[R, K]`, `lora_b` fp32 `[N, R]`, for a rank of `R`; products are formed in the dtype of `x`.
+    `lora_a` is `[R, K]`, `lora_b` `[N, R]`, both floating point, for a rank of `R`; products are formed in the dtype of `x`.
     Differentiable in `x`, `lora_a` and `lora_b`.
     """
     return PackedLoraLinear.apply(

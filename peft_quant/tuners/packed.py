@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import gptq
 from ..gptq.fingerprint import fingerprint, layer_digest
@@ -37,6 +38,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     packed: gptq.PackedFormat
     first_to_move: tuple[str, ...]
+    adapter_layer_names: tuple[str, ...]
 
     active_adapters: list[str]
     get_base_layer: Callable[[], nn.Module]
@@ -55,6 +57,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def base_tensors(self) -> gptq.PackedTensors:
         """The packed tensors of the base model, whether or not adapters are merged into them."""
         return gptq.packed_tensors(self.get_base_layer())
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Change the dtype of an adapter's parameters, which stay the same objects."""
+        for container in self.adapter_layer_names:
+            adapters = getattr(self, container)
+            if adapter_name in adapters:
+                adapter = adapters[adapter_name]
+                for parameter in [adapter] if isinstance(adapter, nn.Parameter) else adapter.parameters():
+                    parameter.data = parameter.data.to(dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -222,6 +233,16 @@ class PackedTuner(BaseTuner):
         keep_checkpoint_format(model)
         if not self.peft_config[adapter_name].inference_mode:
             prove_first_step(model, self.linear_class)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32, or without autocasting the dtype of the model, of its scales where it has none."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        dtype = self.model.dtype if isinstance(self.model, PreTrainedModel) else None
+        for layer in self.modules():
+            if isinstance(layer, self.linear_class):
+                layer.cast_adapter(adapter_name, dtype or layer.base_tensors().scales.dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

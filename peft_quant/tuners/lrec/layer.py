@@ -24,7 +24,7 @@ CANNOT_MERGE = (
 class LRECLinear(AdaptedLinear, LoraLayer):
     """A GPTQ linear layer with low-rank branches.
 
-    Each adapter is a pair of fp32 matrices, `lora_A[adapter].weight` of shape `[r, in_features]` and
+    Each adapter is a pair of matrices, `lora_A[adapter].weight` of shape `[r, in_features]` and
     `lora_B[adapter].weight` of shape `[out_features, r]`:
 
         y = x @ W + bias + sum over active adapters of scaling * (dropout(x) @ A^T @ B^T)
@@ -113,7 +113,7 @@ class LRECLinear(AdaptedLinear, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What an adapter adds to the weight: fp32 `[out_features, in_features]`."""
-        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        return self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)

@@ -18,7 +18,7 @@ from .config import PEQAConfig
 class PEQALayer(AdaptedLinear):
     """What PEQA adds to a GPTQ layer.
 
-    Each adapter is one fp32 delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
+    Each adapter is one delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
 
         W = round(scales + sum of active deltas) * (q - z)
 

@@ -23,8 +23,7 @@ class PEQAModel(PackedTuner):
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
-    Deltas are always fp32, whatever `autocast_adapter_dtype` asks for: most updates of a 16-bit scale would round to
-    nothing.
+    Deltas are fp32, or with `autocast_adapter_dtype=False` of the model's dtype.
 
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.

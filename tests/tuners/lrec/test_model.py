@@ -120,7 +120,7 @@ class TestTargets:
 
 class TestForward:
     def test_only_fp32_branches_train(self, model):
-        peft_model = get_peft_model(model, config(), autocast_adapter_dtype=False)
+        peft_model = get_peft_model(model, config())
         trainable = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         assert len(trainable) == 2 * len(PACKED)
         assert all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in trainable)
