@@ -19,10 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, size: int, number: int) -> torch.Tensor:
-    """`number` windows of `size` tokens, int64 `[number, size]`, without overlap, spread evenly over the text."""
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, size: int, number: int | None = None) -> torch.Tensor:
+    """`number` windows of `size` tokens, int64 `[number, size]`, without overlap, spread evenly over the text.
+
+    Without a number, all that it has.
+    """
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     available = tokens[: len(tokens) // size * size].view(-1, size)
+    if number is None:
+        return available
     if len(available) < number:
         raise ValueError(f"The text has {len(available)} windows of {size} tokens, {number} are needed.")
     return available[[i * len(available) // number for i in range(number)]]

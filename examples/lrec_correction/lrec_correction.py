@@ -6,10 +6,11 @@
 
 Without arguments, on a CPU and without a model hub: SmolLM2-135M-Instruct is quantized to 3 bits; a low-rank branch is
 started from the quantization error and trained on Wikipedia text until the model says what the float one does; then
-the King James Bible is the task, for the same branch and for a second one on top of it.
+the King James Bible is the task, for the same branch and for a second one on top of it. Beside it: EoRA, the loss of
+RILQ, and a branch that learns from the text alone.
 
     python lrec_correction.py
-    python lrec_correction.py --bits 2 --group-size 32
+    python lrec_correction.py --bits 2 --group-size 32 --asymmetric
 
 Every stage is kept under --work-dir and not done twice.
 """
@@ -17,6 +18,7 @@ Every stage is kept under --work-dir and not done twice.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,14 @@ from stages import Stages, load, versions  # noqa: I001
 
 import torch
 from demo_assets import float_model, king_james, wikipedia
+from eora import start_as_eora
 from measure import evaluate, windows
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
 
 import peft_quant
 from peft_quant.gptq.quantize import quantize_checkpoint
-
-
-CALIBRATION = 64  # windows of 256 tokens
 
 
 class Run:
@@ -52,28 +53,39 @@ class Run:
             name: windows(self.tokenizer, text[1], 512, arguments.windows)
             for name, text in (("general", self.general), ("task", self.task))
         }
-        self.base = self.work / f"gptq-{arguments.bits}bit-g{arguments.group_size}"
-        self.settings = f"r{arguments.rank}-seed{arguments.seed}"
-        self.stages = Stages(self.work / f"results-{self.base.name}-{self.settings}-{arguments.steps}.json")
+        symmetry = "-asym" if arguments.asymmetric else ""
+        self.base = self.work / f"gptq-{arguments.bits}bit-g{arguments.group_size}{symmetry}"
+        tokens = f"{arguments.steps}x{arguments.batch_size}x{arguments.sequence_length}"
+        self.settings = f"r{arguments.rank}-{tokens}-top{arguments.top_k}-seed{arguments.seed}"
+        self.stages = Stages(self.work / f"results-{self.base.name}-{self.settings}.json")
         self.rows: dict[str, dict[str, float]] = {}
 
-    def samples(self, text: str, number: int) -> list[dict[str, torch.Tensor]]:
-        batch = windows(self.tokenizer, text, self.arguments.sequence_length, number)
+    def samples(self, text: str) -> list[dict[str, torch.Tensor]]:
+        """What the steps need of a text; all of it, which they go through more than once, where that is less."""
+        size, needed = self.arguments.sequence_length, self.arguments.steps * self.arguments.batch_size
+        batch = windows(self.tokenizer, text, size)
+        if len(batch) > needed:
+            batch = windows(self.tokenizer, text, size, needed)
         return [{"input_ids": window, "labels": window} for window in batch]
 
     def correction_data(self) -> list[dict[str, torch.Tensor]]:
-        return self.samples(self.general[0], self.arguments.steps * self.arguments.batch_size)
+        return self.samples(self.general[0])
 
-    def task_data(self) -> list[dict[str, torch.Tensor]]:
-        return self.samples(self.task[0], self.arguments.steps * self.arguments.batch_size)
+    def calibration(self) -> torch.Tensor:
+        return windows(self.tokenizer, self.general[0], 256, self.arguments.calibration)
 
     def quantize(self) -> None:
-        texts = self.tokenizer.batch_decode(windows(self.tokenizer, self.general[0], 256, 16))
-        bits, group_size = self.arguments.bits, self.arguments.group_size
-        quantize_checkpoint(self.float_model, self.base, texts, bits=bits, group_size=group_size)
+        quantize_checkpoint(
+            self.float_model,
+            self.base,
+            self.tokenizer.batch_decode(self.calibration()),
+            bits=self.arguments.bits,
+            group_size=self.arguments.group_size,
+            symmetric=not self.arguments.asymmetric,
+        )
 
     def adapter(self, name: str) -> Path:
-        return self.work / f"{self.base.name}-{self.settings}-{self.arguments.steps}-{name}"
+        return self.work / f"{self.base.name}-{self.settings}-{name}"
 
     def evaluate(self, title: str, directory: Path | None = None) -> None:
         def perplexities() -> dict[str, float]:
@@ -89,12 +101,14 @@ class Run:
         def make() -> None:
             set_seed(self.arguments.seed)
             model = get_peft_model(load(self.base), self.config())
-            calibration = None
-            if start == "whitened":
-                calibration = windows(self.tokenizer, self.general[0], 256, CALIBRATION).split(4)
-            report = peft_quant.initialize_lrec_weights(model, self.float_model, start, calibration)
-            peft_quant.plot_layer_errors(report, directory.with_suffix(".png"))
-            directory.with_suffix(".md").write_text(f"{report}\n", encoding="utf-8")
+            batches = self.calibration().split(4)
+            if start == "eora":
+                start_as_eora(model, self.float_model, batches)
+            else:
+                calibration = batches if start == "whitened" else None
+                report = peft_quant.initialize_lrec_weights(model, self.float_model, start, calibration)
+                peft_quant.plot_layer_errors(report, directory.with_suffix(".png"))
+                directory.with_suffix(".md").write_text(f"{report}\n", encoding="utf-8")
             model.save_pretrained(directory)
 
         self.stages.run(f"start: {start}", make, directory)
@@ -104,17 +118,25 @@ class Run:
         rank = self.arguments.rank
         return peft_quant.LRECConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank)
 
+    def load_teacher(self) -> Any:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return AutoModelForCausalLM.from_pretrained(self.float_model, dtype=torch.float32, device_map=device)
+
     def cache_teacher(self) -> Path:
-        directory = self.work / f"teacher-{self.arguments.steps}x{self.arguments.batch_size}-top{self.arguments.top_k}"
+        arguments, data = self.arguments, self.correction_data()
+        directory = self.work / f"teacher-{len(data)}x{arguments.sequence_length}-top{arguments.top_k}"
 
         def make() -> None:
-            teacher = AutoModelForCausalLM.from_pretrained(self.float_model, dtype=torch.float32)
-            peft_quant.cache_teacher(
-                teacher, self.correction_data(), directory, k=self.arguments.top_k, tokenizer=self.tokenizer
-            )
+            teacher = self.load_teacher()
+            peft_quant.cache_teacher(teacher, data, directory, k=arguments.top_k, tokenizer=self.tokenizer)
 
         self.stages.run("cache the teacher", make, directory)
         return directory
+
+    def teacher(self, weights: dict[str, float]) -> Any:
+        if weights.get("hidden_weight") or (weights["kl_weight"] and not self.arguments.top_k):
+            return self.load_teacher()
+        return self.cache_teacher() if weights["kl_weight"] else None
 
     def trainer_options(self, learning_rate: float) -> dict[str, Any]:
         return {
@@ -148,7 +170,7 @@ class Run:
             peft_quant.LRECTrainer(
                 model,
                 peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate), **weights),
-                teacher=self.cache_teacher() if weights["kl_weight"] else None,
+                teacher=self.teacher(weights),
                 train_dataset=self.correction_data(),
                 data_collator=default_data_collator,
             ).train()
@@ -172,7 +194,9 @@ class Run:
                 model.base_model.set_adapter(["default", "task"])
                 model.set_requires_grad("default", False)
             arguments = peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate))
-            Trainer(model, arguments, train_dataset=self.task_data(), data_collator=default_data_collator).train()
+            Trainer(
+                model, arguments, train_dataset=self.samples(self.task[0]), data_collator=default_data_collator
+            ).train()
             return evaluate(model, self.held_out)
 
         self.rows[name] = self.stages.run(f"task: {name}", train)
@@ -182,12 +206,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 256 tokens, to quantize and to start")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--top-k", type=int, default=64, help="log-probabilities kept of the teacher, each token")
+    parser.add_argument("--ce-weight", type=float, default=0.0, help="of the text itself in LREC's loss")
+    parser.add_argument(
+        "--top-k", type=int, default=64, help="log-probabilities kept of the teacher, each token; 0: it is asked anew"
+    )
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/lrec_correction"))
@@ -201,19 +230,40 @@ def main() -> None:
         run.stages.run("quantize", run.quantize, run.base)
     run.evaluate("GPTQ")
     svd, whitened = run.start("svd"), run.start("whitened")
+    run.evaluate("EoRA", run.start("eora"))
     run.evaluate("start: svd", svd)
     run.evaluate("start: whitened", whitened)
-    run.evaluate("trained by CE from zero", run.correct("ce", None, kl_weight=0.0, ce_weight=1.0))
-    run.evaluate("LREC from zero", run.correct("lrec-zero", None, kl_weight=1.0))
-    run.evaluate("LREC from svd", run.correct("lrec-svd", svd, kl_weight=1.0))
-    corrected = run.correct("lrec-whitened", whitened, kl_weight=1.0)
+    run.evaluate("CE from zero", run.correct("ce", None, kl_weight=0.0, ce_weight=1.0))
+    rilq = {"kl_weight": 0.0, "hidden_weight": 1.0, "ce_weight": 1.0}
+    run.evaluate("RILQ's loss from svd", run.correct("rilq", svd, **rilq))
+    loss = {"kl_weight": 1.0, "ce_weight": run.arguments.ce_weight}
+    run.evaluate("LREC from zero", run.correct("lrec-zero", None, **loss))
+    run.evaluate("LREC from svd", run.correct("lrec-svd", svd, **loss))
+    corrected = run.correct("lrec-whitened", whitened, **loss)
     run.evaluate("LREC from whitened", corrected)
     report(run, "before the task")
+    print(bits_per_weight(run.base, corrected))
 
     run.learn_task("a branch from zero", None)
     run.learn_task("the corrected branch goes on", corrected)
     run.learn_task("a second branch over it", corrected, second=True)
     report(run, "after the task")
+
+
+def bits_per_weight(base: Path, adapter: Path) -> str:
+    """What a quantized weight takes of the checkpoint's tensors and of the adapter's, as they are in the files."""
+    stored: dict[str, int] = {"qweight": 0, "scales": 0, "qzeros": 0, "adapter": 0}
+    codes = 0
+    for file in [*base.glob("*.safetensors"), adapter / "adapter_model.safetensors"]:
+        for name, tensor in load_file(file).items():
+            part = "adapter" if file.parent == adapter else name.rpartition(".")[2]
+            if part in stored:
+                stored[part] += 8 * tensor.numel() * tensor.element_size()
+            if part == "qweight":
+                codes += 32 * tensor.numel()
+    weights = codes / json.loads((base / "config.json").read_text())["quantization_config"]["bits"]
+    parts = ", ".join(f"{part} {count / weights:.2f}" for part, count in stored.items())
+    return f"bits a weight: {parts}; together {sum(stored.values()) / weights:.2f}"
 
 
 def report(run: Run, title: str) -> None:
