@@ -202,10 +202,17 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
+    def do_HEAD(self) -> None:
+        self._answer()
+
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
 
     def _answer(self) -> None:
         url = urlsplit(self.path)

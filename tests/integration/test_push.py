@@ -1,0 +1,319 @@
+"""Pushes by the real client to a hub on loopback, and what another process gets from there."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import huggingface_hub
+import pytest
+import torch
+import transformers.utils.hub
+from gptq_models import load
+from hub_server import Hub, serve
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+from peft_quant import LRECConfig, PEQAConfig, merge_checkpoint
+
+
+HTTPError = HfHubHTTPError.__bases__[0]  # of the httpx that the client uses
+STORAGES = ("regular", "lfs", "xet")
+CONFIGS = {
+    "peqa": PEQAConfig(task_type="CAUSAL_LM", init_weights=False),
+    "lrec": LRECConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False),
+}
+
+PULL = """
+import json
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+(merged, adapters), input_file, output_file = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+input_ids = load_file(input_file)["input_ids"]
+options = {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch"), "dtype": torch.float32}
+logits = {}
+
+@torch.no_grad()
+def run(name, model):
+    logits[name] = model(input_ids).logits
+
+for name in merged:
+    run(name, AutoModelForCausalLM.from_pretrained(name, **options))
+assert "peft_quant" not in sys.modules
+
+import peft_quant
+from peft import AutoPeftModelForCausalLM, PeftModel
+
+for name in adapters:
+    if "@" in name:
+        base = AutoModelForCausalLM.from_pretrained("user/base", **options)
+        run(name, PeftModel.from_pretrained(base, name.split("@")[0], revision=name.split("@")[1]))
+    else:
+        run(name, AutoPeftModelForCausalLM.from_pretrained(name, **options))
+save_file(logits, output_file)
+"""
+
+
+@contextmanager
+def client(hub, home, storage="lfs"):
+    """This process as the hub's client; the tests' environment keeps it offline otherwise."""
+    hub.large = () if storage == "regular" else (".safetensors", ".bin")
+    with serve(hub) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", storage != "xet")
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
+        patch.setattr(transformers.utils.hub, "_hf_api", None)
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        patch.setenv("HF_TOKEN", "hf_user")
+        patch.setenv("HF_XET_CACHE", str(home / "xet"))
+        yield endpoint
+
+
+def tuned(checkpoint, method="peqa", seed=0):
+    """An adapter on the checkpoint, as if that had been loaded by its id."""
+    base = load(checkpoint)
+    base.name_or_path = base.config._name_or_path = "user/base"
+    torch.manual_seed(seed)
+    return get_peft_model(base, CONFIGS[method]).eval()
+
+
+@torch.no_grad()
+def logits(model, input_ids):
+    return model.eval()(input_ids=input_ids).logits
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def sent(hub):
+    """How often each object was uploaded."""
+    return Counter(line.split()[1] for line in hub.requests if line.startswith("PUT") and line.endswith("200"))
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path):
+    hub = Hub(tmp_path / "hub")
+    hub.add("user/base", checkpoint)
+    return hub
+
+
+@pytest.fixture(scope="module")
+def round_trip(checkpoint, input_ids, tmp_path_factory):
+    """Logits of what was pushed from here, and of what a fresh process got, by id or id@branch; and the hub."""
+    directory = tmp_path_factory.mktemp("round_trip")
+    hub, pushed = Hub(directory / "hub"), {}
+    hub.add("user/base", checkpoint)
+    for seed, storage in enumerate(STORAGES):  # no content is stored in two ways
+        with client(hub, directory / "home", storage) as endpoint:
+            for method in CONFIGS:
+                model = tuned(checkpoint, method, seed)
+                model.push_to_hub(f"user/{method}-{storage}", private=method == "lrec")
+                pushed[f"user/{method}-{storage}"] = logits(model, input_ids)
+                if method == "peqa":
+                    files, merged = directory / f"adapter-{storage}", directory / f"merged-{storage}"
+                    model.save_pretrained(files)
+                    merge_checkpoint(checkpoint, files, merged)
+                    api = HfApi(endpoint)
+                    api.create_repo(f"user/merged-files-{storage}")
+                    api.upload_folder(repo_id=f"user/merged-files-{storage}", folder_path=merged)
+                    model.merge_and_unload().push_to_hub(f"user/merged-memory-{storage}")
+                    expected = logits(load(merged), input_ids)
+                    pushed |= {f"user/merged-{way}-{storage}": expected for way in ("files", "memory")}
+                if storage == "lfs":
+                    model = tuned(checkpoint, method, seed=len(STORAGES))
+                    model.push_to_hub(f"user/{method}-lfs", revision="v2")
+                    pushed[f"user/{method}-lfs@v2"] = logits(model, input_ids)
+
+    names = [[name for name in pushed if ("merged" in name) == merged] for merged in (True, False)]
+    save_file({"input_ids": input_ids}, directory / "input.safetensors")
+    with serve(hub) as endpoint:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(directory / "fresh_home"),
+            "HF_TOKEN": "hf_user",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        arguments = [json.dumps(names), directory / "input.safetensors", directory / "output.safetensors"]
+        result = subprocess.run(
+            [sys.executable, "-c", PULL, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert result.returncode == 0, result.stderr
+    return pushed, load_file(directory / "output.safetensors"), hub
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_comes_back(round_trip, method, storage):
+    pushed, pulled, hub = round_trip
+    name = f"user/{method}-{storage}"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.files(name).keys()
+    assert torch.equal(pulled[name], pushed[name])
+    assert hub.repository(name)["private"] == (method == "lrec")
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_branch_comes_back(round_trip, method):
+    pushed, pulled, _ = round_trip
+    name = f"user/{method}-lfs"
+    assert torch.equal(pulled[f"{name}@v2"], pushed[f"{name}@v2"])
+    assert not torch.equal(pushed[f"{name}@v2"], pushed[name])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("way", ("files", "memory"))
+def test_a_merged_checkpoint_is_served_without_peft_quant(round_trip, way, storage):
+    pushed, pulled, _ = round_trip
+    assert torch.equal(pulled[f"user/merged-{way}-{storage}"], pushed[f"user/merged-{way}-{storage}"])
+
+
+def test_large_files_went_where_they_should(round_trip):
+    hub = round_trip[2]
+    weights = {storage: hub.files(f"user/peqa-{storage}")["adapter_model.safetensors"] for storage in STORAGES}
+    assert [weights[storage]["large"] for storage in STORAGES] == [False, True, True]
+    assert [weights[storage]["sha256"] in hub.xet_hashes() for storage in STORAGES] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    (
+        (False, "401"),
+        ("hf_wrong", "Invalid credentials in Authorization header"),
+        ("hf_other", "You don't have the rights to write to user/private"),
+    ),
+)
+@pytest.mark.parametrize("exists", (False, True))
+def test_who_may_not_push_is_told_and_changes_nothing(hub, checkpoint, tmp_path, token, message, exists):
+    if exists:
+        hub.create("user/private", private=True)
+    before = contents(hub.directory)
+    with client(hub, tmp_path), pytest.raises(HfHubHTTPError, match=message):
+        tuned(checkpoint).push_to_hub("user/private", token=token)
+    assert contents(hub.directory) == before
+
+
+@pytest.mark.parametrize(
+    ("token", "error", "message"),
+    (
+        (False, RepositoryNotFoundError, "make sure you are authenticated"),
+        ("hf_other", RepositoryNotFoundError, "your token has the required permissions"),
+        ("hf_wrong", HfHubHTTPError, "Invalid credentials in Authorization header"),
+    ),
+)
+def test_who_may_not_read_is_told(hub, tmp_path, token, error, message):
+    hub.create("user/private", private=True)
+    with client(hub, tmp_path), pytest.raises(ValueError, match=r"'adapter_config\.json' at 'user/private'") as raised:
+        merge_checkpoint("user/base", "user/private", tmp_path / "merged", token=token)
+    assert isinstance(raised.value.__cause__, error)
+    assert message in str(raised.value.__cause__)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_second_push_is_a_second_commit(hub, checkpoint, tmp_path):
+    with client(hub, tmp_path):
+        tuned(checkpoint).push_to_hub("user/adapter")
+        first = hub.resolve("user/adapter", "main")
+        tuned(checkpoint).push_to_hub("user/adapter")
+        assert hub.resolve("user/adapter", "main") == first  # nothing new
+        tuned(checkpoint, seed=1).push_to_hub("user/adapter", commit_message="Longer")
+        with pytest.raises(HfHubHTTPError, match="already created"):
+            huggingface_hub.create_repo("user/adapter")
+    repository = hub.repository("user/adapter")
+    second = repository["commits"][repository["branches"]["main"]]
+    assert (second["title"], second["parent"]) == ("Longer", first)
+    weights = [hub.files("user/adapter", revision)["adapter_model.safetensors"] for revision in (first, "main")]
+    assert weights[0]["sha256"] != weights[1]["sha256"]
+
+
+@pytest.fixture
+def sharded(checkpoint, tmp_path):
+    """A merged model to push in shards of 40 KB, and their sha256."""
+    model = tuned(checkpoint).merge_and_unload()
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 2
+    return model, [hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards]
+
+
+def test_an_upload_cut_once_is_taken_up_by_the_client(hub, sharded, tmp_path):
+    model, shards = sharded
+    hub.faults = {f"PUT /objects/{shards[0]}": [{"cut": 1000}]}
+    with client(hub, tmp_path):
+        model.push_to_hub("user/merged", max_shard_size="40KB")
+    assert f"PUT /objects/{shards[0]} connection cut" in hub.requests
+    assert sent(hub) == {f"/objects/{shard}": 1 for shard in shards}
+
+
+@pytest.mark.parametrize(
+    ("broken", "faults"),
+    (
+        pytest.param("PUT /objects/{shard}", [{"cut": 1000}] * 6, id="every-try-cut"),
+        pytest.param("PUT /objects/{shard}", [{"status": 403}], id="upload-refused"),
+        pytest.param("POST /objects/verify", [{"status": 403}], id="verify-refused"),
+        pytest.param("POST /api/models/user/merged/commit", [{"status": 500}], id="commit-fails"),
+        pytest.param("POST /api/models/user/merged/commit", [{"cut": 1000}], id="commit-cut"),
+    ),
+)
+def test_a_failed_push_shows_nothing_and_the_next_sends_the_rest(hub, sharded, tmp_path, monkeypatch, broken, faults):
+    model, shards = sharded
+    hub.faults = {broken.format(shard=shards[0]): list(faults)}
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with client(hub, tmp_path):
+        with pytest.raises((RuntimeError, HTTPError)):
+            model.push_to_hub("user/merged", max_shard_size="40KB")
+        assert hub.files("user/merged") == {}
+        for path in (hub.directory / "objects").iterdir():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+        assert sent(hub)[f"/objects/{shards[1]}"] == 1
+        model.push_to_hub("user/merged", max_shard_size="40KB")
+    assert sent(hub) == {f"/objects/{shard}": 1 for shard in shards}
+    assert {file["sha256"] for file in hub.files("user/merged").values() if file["large"]} == set(shards)
+
+
+def test_a_failed_commit_with_xet(hub, checkpoint, tmp_path):
+    model = tuned(checkpoint)
+    hub.faults = {"POST /api/models/user/adapter/commit": [{"status": 500}]}
+    with client(hub, tmp_path, "xet"):
+        with pytest.raises(HfHubHTTPError, match="500"):
+            model.push_to_hub("user/adapter")
+        stored = set(hub.directory.glob("xet/**/xorbs/xorbs/*"))
+        assert hub.files("user/adapter") == {}
+        model.push_to_hub("user/adapter")
+    assert stored
+    assert set(hub.directory.glob("xet/**/xorbs/xorbs/*")) == stored
+    assert hub.files("user/adapter")["adapter_model.safetensors"]["sha256"] in hub.xet_hashes()
+
+
+def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path):
+    model = tuned(checkpoint)
+    with client(hub, tmp_path):
+        arguments = TrainingArguments(
+            tmp_path / "out",
+            push_to_hub=True,
+            hub_model_id="user/trained",
+            hub_strategy="end",
+            max_steps=1,
+            report_to=[],
+            use_cpu=True,
+        )
+        row = {"input_ids": input_ids[0], "labels": input_ids[0]}
+        trainer = Trainer(model, arguments, train_dataset=[row])
+        trainer.train()
+        trainer.push_to_hub()
+        path = snapshot_download("user/trained", cache_dir=tmp_path / "pulled")
+    assert "model.safetensors" not in hub.files("user/trained")
+    pulled = PeftModel.from_pretrained(load(checkpoint), path)
+    assert torch.equal(logits(pulled, input_ids), logits(model, input_ids))
