@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from peft_quant import LRECConfig, PEQAConfig, merge_checkpoint
+from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter, merge_checkpoint
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the httpx that the client uses
@@ -51,14 +51,11 @@ for name in merged:
 assert "peft_quant" not in sys.modules
 
 import peft_quant
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 
 for name in adapters:
-    if "@" in name:
-        base = AutoModelForCausalLM.from_pretrained("user/base", **options)
-        run(name, PeftModel.from_pretrained(base, name.split("@")[0], revision=name.split("@")[1]))
-    else:
-        run(name, AutoPeftModelForCausalLM.from_pretrained(name, **options))
+    repository, _, revision = name.partition("@")
+    run(name, AutoPeftModelForCausalLM.from_pretrained(repository, revision=revision or None, **options))
 save_file(logits, output_file)
 """
 
@@ -220,6 +217,29 @@ def test_who_may_not_read_is_told(hub, tmp_path, token, error, message):
     assert isinstance(raised.value.__cause__, error)
     assert message in str(raised.value.__cause__)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_token_opens_a_private_repository(hub, checkpoint, tmp_path):
+    model = tuned(checkpoint)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "expected")
+    with client(hub, tmp_path), pytest.MonkeyPatch.context() as patch:
+        model.push_to_hub("user/private", private=True)
+        patch.delenv("HF_TOKEN")
+        merge_checkpoint("user/base", "user/private", tmp_path / "merged", token="hf_user")
+    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_branch_is_swapped_in(hub, checkpoint, input_ids, tmp_path, method):
+    model, new = tuned(checkpoint, method), tuned(checkpoint, method, seed=1)
+    with client(hub, tmp_path):
+        model.push_to_hub("user/adapter")
+        new.push_to_hub("user/adapter", revision="v2")
+        hotswap_adapter(model, "user/adapter", "default", revision="v2")
+    assert torch.equal(logits(model, input_ids), logits(new, input_ids))
 
 
 def test_a_second_push_is_a_second_commit(hub, checkpoint, tmp_path):
