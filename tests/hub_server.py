@@ -216,11 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        fault = self._fault(url.path)
+        self.fault = self._fault(url.path)
         try:
-            self.body = self._read(fault.get("cut"))
-            if "status" in fault:
-                raise RequestError(fault["status"], message="This fault was asked for")
+            self.body = self._read(self.fault.get("cut"))
+            if "status" in self.fault:
+                raise RequestError(self.fault["status"], message="This fault was asked for")
             self.user = self._authenticate()
             parts = [unquote(part) for part in url.path.strip("/").split("/")]
             self.signature = parse_qs(url.query).get("signature", [""])[0]
@@ -432,7 +432,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: object, headers: dict[str, str]) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        self._log(status)
+        self._log(f"{status} by fault" if self.fault else status)
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)

@@ -97,7 +97,7 @@ def contents(directory):
 
 def sent(hub):
     """How often each object was uploaded."""
-    return Counter(line.split()[1] for line in hub.requests if line.startswith("PUT") and line.endswith("200"))
+    return Counter(line.split()[1] for line in hub.requests if line.startswith("PUT") and line.endswith(" 200"))
 
 
 @pytest.fixture
@@ -278,18 +278,22 @@ def test_an_upload_cut_once_is_taken_up_by_the_client(hub, sharded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("broken", "faults"),
+    "faults",
     (
-        pytest.param("PUT /objects/{shard}", [{"cut": 1000}] * 6, id="every-try-cut"),
-        pytest.param("PUT /objects/{shard}", [{"status": 403}], id="upload-refused"),
-        pytest.param("POST /objects/verify", [{"status": 403}], id="verify-refused"),
-        pytest.param("POST /api/models/user/merged/commit", [{"status": 500}], id="commit-fails"),
-        pytest.param("POST /api/models/user/merged/commit", [{"cut": 1000}], id="commit-cut"),
+        pytest.param({"PUT /objects/{shard}": [{"cut": 1000}] * 6}, id="every-try-cut"),
+        pytest.param({"PUT /objects/{shard}": [{"status": 403}]}, id="upload-refused"),
+        pytest.param(
+            {"PUT /objects/{shard}": [{"status": 200}], "POST /objects/verify": [{"status": 200}] * 9},
+            id="upload-lost",
+        ),
+        pytest.param({"POST /objects/verify": [{"status": 403}]}, id="verify-refused"),
+        pytest.param({"POST /api/models/user/merged/commit": [{"status": 500}]}, id="commit-fails"),
+        pytest.param({"POST /api/models/user/merged/commit": [{"cut": 1000}]}, id="commit-cut"),
     ),
 )
-def test_a_failed_push_shows_nothing_and_the_next_sends_the_rest(hub, sharded, tmp_path, monkeypatch, broken, faults):
+def test_a_failed_push_shows_nothing_and_the_next_sends_the_rest(hub, sharded, tmp_path, monkeypatch, faults):
     model, shards = sharded
-    hub.faults = {broken.format(shard=shards[0]): list(faults)}
+    hub.faults = {request.format(shard=shards[0]): list(planned) for request, planned in faults.items()}
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with client(hub, tmp_path):
         with pytest.raises((RuntimeError, HTTPError)):
@@ -298,6 +302,7 @@ def test_a_failed_push_shows_nothing_and_the_next_sends_the_rest(hub, sharded, t
         for path in (hub.directory / "objects").iterdir():
             assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
         assert sent(hub)[f"/objects/{shards[1]}"] == 1
+        hub.faults = {}
         model.push_to_hub("user/merged", max_shard_size="40KB")
     assert sent(hub) == {f"/objects/{shard}": 1 for shard in shards}
     assert {file["sha256"] for file in hub.files("user/merged").values() if file["large"]} == set(shards)
