@@ -139,8 +139,8 @@ def lora_linear(
 ) -> torch.Tensor:
     """`y = x @ W + scaling * (x @ A^T) @ B^T` (LoRA, Hu et al., 2021, arXiv 2106.09685) with `W` packed.
 
-    `lora_a` is `[R, K]`, `lora_b` `[N, R]`, both floating point, for a rank of `R`; products are formed in the dtype of `x`.
-    Differentiable in `x`, `lora_a` and `lora_b`.
+    `lora_a` is `[R, K]`, `lora_b` `[N, R]`, both floating point, for a rank of `R`; products are formed in the dtype
+    of `x`. Differentiable in `x`, `lora_a` and `lora_b`.
     """
     return PackedLoraLinear.apply(
         x, lora_a, lora_b, scaling, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset

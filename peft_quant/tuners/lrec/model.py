@@ -25,7 +25,8 @@ class LRECModel(PackedTuner, LoraModel):
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
     Adapters are fp32, or with `autocast_adapter_dtype=False` of the model's dtype, and compute in the dtype of the
-    layer's input (autocast's dtype where it is on). Their files have LoRA's keys; [`export_lora`] makes LoRA adapters of them.
+    layer's input (autocast's dtype where it is on). Their files have LoRA's keys; [`export_lora`] makes LoRA adapters
+    of them.
 
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.
