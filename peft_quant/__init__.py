@@ -16,7 +16,7 @@ from .gptq import (  # noqa: E402
     prepare_gptq_for_training,
     restore_gptq_forward,
 )
-from .report import plot_layer_errors  # noqa: E402
+from .report import plot_layer_errors, write_model_card  # noqa: E402
 from .tuners.hotswap import hotswap_adapter  # noqa: E402
 from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights  # noqa: E402
 from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
@@ -47,6 +47,7 @@ __all__ = [
     "plot_layer_errors",
     "prepare_gptq_for_training",
     "restore_gptq_forward",
+    "write_model_card",
 ]
 
 # imported when asked for: transformers' Trainer takes longer to import than all else here

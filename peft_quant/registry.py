@@ -6,6 +6,15 @@ fails in PEFT's card tagging and in transformers' adapter code) and by `register
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -56,3 +65,102 @@ def allow_hotswap(peft_type: PeftType, options: list[str]) -> None:
         options: options of its own in which two adapters must agree, beside those of LoRA.
     """
     CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], *options]
+
+
+CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]
+
+_README = "README.md"
+_PATCHED = "_peft_quant_writes_cards"
+
+_card_writers: dict[type[BaseTuner], CardWriter] = {}
+_cards: WeakKeyDictionary[PeftModel, dict[Path, str]] = WeakKeyDictionary()  # by directory, the last one last
+_saving: WeakKeyDictionary[PeftModel, list[Path]] = WeakKeyDictionary()  # cards that are due once the adapter is saved
+
+
+def write_cards(tuner_class: type[BaseTuner], write: CardWriter) -> None:
+    """Let the models of a tuner write their own model cards, in `save_pretrained` and both ways to push to the Hub.
+
+    PEFT writes a model's card before the adapter is saved; transformers writes another one over it in `push_to_hub`,
+    and so does its Trainer, before it asks PEFT for an update. Models of other tuners do all of this as before.
+
+    Args:
+        tuner_class: the tuner; its subclasses are meant too.
+        write: `write(tuner, directory, earlier, repository)` writes a directory's card, given earlier cards of the
+            model, by importance, and the Hub id it goes to, if that is known. A `ValueError` becomes a warning.
+    """
+    _card_writers[tuner_class] = write
+    if _PATCHED in vars(PeftModel):
+        return
+    setattr(PeftModel, _PATCHED, True)
+    stock_save, stock_card = PeftModel.save_pretrained, PeftModel.create_or_update_model_card
+    stock_upload = PeftModel._upload_modified_files
+
+    @wraps(stock_save)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if _card_writer(self) is None:
+            return stock_save(self, *args, **kwargs)
+        _saving[self] = []
+        try:
+            result = stock_save(self, *args, **kwargs)
+        finally:
+            due = _saving.pop(self)
+        for directory in due:
+            _write_card(self, directory, [*_read(directory), *_cards_elsewhere(self, directory)])
+        return result
+
+    @wraps(stock_card)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        if _card_writer(self) is None:
+            stock_card(self, output_dir)
+            return
+        directory = Path(output_dir)
+        if self in _saving:
+            _saving[self].append(directory)
+            return
+        before = _cards.get(self, {}).get(directory.resolve())
+        _write_card(self, directory, [*([before] if before else []), *_read(directory)])
+
+    @wraps(stock_upload)
+    def _upload_modified_files(
+        self: PeftModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _card_writer(self) is not None:
+            directory = Path(working_dir)  # a temporary one, where the repository's card lies over the one just saved
+            saved = _cards.get(self, {}).pop(directory.resolve(), None)
+            _write_card(self, directory, [*_read(directory), *([saved] if saved else [])], repo_id)
+            _cards.get(self, {}).pop(directory.resolve(), None)
+        return stock_upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files
+
+
+def _card_writer(model: PeftModel) -> CardWriter | None:
+    tuner = type(model.base_model)
+    return next((write for tuner_class, write in _card_writers.items() if issubclass(tuner, tuner_class)), None)
+
+
+def _write_card(model: PeftModel, directory: Path, earlier: list[str], repository: str | None = None) -> None:
+    writer = _card_writer(model)
+    if writer is None:
+        return
+    try:
+        writer(model.base_model, directory, earlier, repository)
+    except ValueError as error:
+        warnings.warn(f"The model card in {directory} was left as it is. {error}", stacklevel=3)
+        return
+    cards = _cards.setdefault(model, {})
+    cards.pop(directory.resolve(), None)
+    cards[directory.resolve()] = (directory / _README).read_text(encoding="utf-8")
+
+
+def _read(directory: Path) -> list[str]:
+    card = directory / _README
+    return [card.read_text(encoding="utf-8")] if card.is_file() else []
+
+
+def _cards_elsewhere(model: PeftModel, directory: Path) -> list[str]:
+    """The model's card in the directory it was last saved to, another one, as that now is."""
+    others = [other for other in _cards.get(model, {}) if other != directory.resolve() and (other / _README).is_file()]
+    return _read(others[-1]) if others else []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 from .. import gptq
 from ..gptq.fingerprint import fingerprint, layer_digest
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
+from ..registry import write_cards
+from ..report.card import update_card
 from .proof import prove_first_step
 
 
@@ -277,6 +280,15 @@ class PackedTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], repository: str | None) -> None:
+    base = getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
+    tags = getattr(tuner.model, "model_tags", None)
+    update_card(directory, earlier, [base], repository, metadata={"tags": tags or None})
+
+
+write_cards(PackedTuner, _write_card)
 
 
 def _describe_base(

@@ -13,6 +13,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 
 from ...gptq.checkpoint import new_directory
+from ...report.card import update_card
 from .config import LRECConfig
 
 
@@ -55,4 +56,5 @@ def export_lora(
     with new_directory(out) as directory:
         LoraConfig(**options).save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
     return Path(out)

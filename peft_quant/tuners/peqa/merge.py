@@ -16,6 +16,7 @@ from ...gptq.checkpoint import Checkpoint, new_directory
 from ...gptq.fingerprint import fingerprint, layer_digest
 from ...gptq.zero_points import declared_format, stored_zero_offset
 from ...ops import round_scales
+from ...report.card import README, inherited_metadata, update_card
 from .config import PEQAConfig
 from .layer import check_finite
 
@@ -79,6 +80,13 @@ def merge_checkpoint(
 
     with new_directory(out) as directory:
         checkpoint.copy_with(directory, {*deltas, *others}, replacement)
+        (directory / README).unlink(missing_ok=True)
+        update_card(
+            directory,
+            bases=[config.base_model_name_or_path, os.fspath(base)],
+            metadata=inherited_metadata(checkpoint.directory),
+            changed={*deltas, *others},
+        )
     return Path(out)
 
 
