@@ -177,7 +177,7 @@ def update_card(
     record = {"weights": weights, "facts": collected, "metadata": generated}
     text = _render(kind, config, base, task, collected, place.relative_to(directory).as_posix())
     # `>` would end the comment
-    mark = json.dumps(record, ensure_ascii=False, sort_keys=True).replace(">", "\\u003e")
+    mark = json.dumps(record, ensure_ascii=False).replace(">", "\\u003e")
     part = f"{_START}\n{mark}\n-->\n{text}\n\n{_END}"
     if layout is None:
         body = f"\n{part}\n"

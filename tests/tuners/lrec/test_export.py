@@ -79,6 +79,7 @@ def test_the_files_are_those_of_lora(checkpoint, tmp_path):
     tuned(checkpoint, **PATTERNS).save_pretrained(tmp_path / "adapter")
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
