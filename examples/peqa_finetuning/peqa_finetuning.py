@@ -24,7 +24,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from stages import Stages, load, versions  # noqa: I001
 import torch
 from datasets import load_dataset
 from demo_assets import float_model, king_james, wikipedia
-from huggingface_hub import ModelCard, ModelCardData
 from measure import evaluate, probe_logits, windows
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -176,7 +174,7 @@ def main() -> None:
     )
 
     differences = stages.run(f"compare {merged.name}", lambda: compare(adapter, merged, held_out["tuned"]))
-    write_card(adapter, str(base), rows, settings)
+    write_cards(arguments, adapter, merged, rows, settings)
     report(rows, differences, stages, adapter)
 
 
@@ -238,25 +236,32 @@ def compare(adapter: Path, merged: Path, batch: torch.Tensor) -> dict[str, float
     }
 
 
-def write_card(adapter: Path, base: str, rows: dict[str, dict[str, float]], settings: Settings) -> None:
-    """The adapter's model card, from the template that peft_quant ships."""
-    template = files("peft_quant") / "hub_cards" / "peqa_adapter.md"
-    base_name = Path(base).name if Path(base).exists() else base
-    metadata = ModelCardData(
-        base_model=base_name,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["peqa", "gptq", "peft-quant"],
-    )
-    ModelCard.from_template(
-        metadata,
-        template_str=template.read_text(encoding="utf-8"),
-        base_model=base_name,
-        base_quantization=peft_quant.PEQAConfig.from_pretrained(adapter).base_quantization,
-        rows=rows,
-        settings={name: value for name, value in asdict(settings).items() if name not in ("model", "train_text")},
-        versions=versions(),
-    ).save(adapter / "README.md")
+def write_cards(
+    arguments: argparse.Namespace, adapter: Path, merged: Path, rows: dict[str, dict[str, float]], settings: Settings
+) -> None:
+    """What the model cards of the adapter and of the merged checkpoint cannot know by themselves."""
+    on_hub = arguments.dataset is not None and not Path(arguments.dataset).is_file()
+    tuned = arguments.dataset if on_hub else Path(arguments.dataset or "King James Bible").name
+    perplexity = {
+        name: {tuned: round(row["tuned"], 2), "Wikipedia": round(row["general"], 2)} for name, row in rows.items()
+    }
+    own = {adapter: perplexity.pop("GPTQ + PEQA adapter"), merged: perplexity.pop("merged, plain transformers")}
+    options = {name: value for name, value in asdict(settings).items() if name not in ("model", "train_text")}
+    if on_hub:
+        options = {"dataset": arguments.dataset, "column": arguments.column, **options}
+    if arguments.model is not None and not Path(arguments.model).exists():
+        options = {"model": arguments.model, **options}
+    command = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    for directory, values in own.items():
+        peft_quant.write_model_card(
+            directory,
+            language="en" if arguments.dataset is None else None,
+            datasets=arguments.dataset if on_hub else None,
+            settings={"text": tuned, **options},
+            command=" ".join(["python peqa_finetuning.py", *command]),
+            perplexity=values,
+            compared_with=perplexity,
+        )
 
 
 def report(rows: dict[str, dict[str, float]], differences: dict[str, float], stages: Stages, adapter: Path) -> None:

@@ -219,7 +219,9 @@ class TestSnippets:
         )
         result = run(code, tmp_path)
         assert result.returncode == 0, result.stderr
-        assert (tmp_path / made / "README.md").read_bytes() == (directories[made] / "README.md").read_bytes()
+        cards = [(directory / "README.md").read_text() for directory in (tmp_path / made, directories[made])]
+        written, expected = (re.sub(r'"weights": "\w+"', "", card) for card in cards)
+        assert written == expected
 
 
 class TestEdits:
