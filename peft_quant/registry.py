@@ -1,4 +1,4 @@
-"""Entry of this package's methods into PEFT. The only file that writes into another package.
+"""Entry of this package's methods and of their model cards into PEFT. The only file that writes into another package.
 
 PEFT has no plugin mechanism, so a method joins by becoming a real member of the `PeftType` enumeration (a bare string
 fails in PEFT's card tagging and in transformers' adapter code) and by `register_peft_method`.

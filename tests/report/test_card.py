@@ -191,6 +191,17 @@ class TestContents:
         assert 'subfolder="verse"' in snippets(card)[0]
         assert "| scale deltas | 14 |" in card.text
 
+    def test_examples_are_cards_of_today(self):
+        examples = {file.stem: file for file in (Path(peft_quant.__file__).parent / "hub_cards/examples").glob("*.md")}
+        assert examples.keys() == {"peqa_adapter", "lrec_adapter", "lora_export", "merged_gptq"}
+        for kind, file in examples.items():
+            card = ModelCard.load(file)
+            headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
+            assert headings[0] == "Use"
+            assert {"Perplexity", "Limits", "Versions"} < set(headings)
+            assert f'"library_name": "{card.data.library_name}"' in card.text, kind
+            assert card.data.base_model is None
+
     def test_templates_are_shipped(self):
         names = {file.name for file in (files("peft_quant") / "hub_cards").iterdir() if file.name.endswith(".md")}
         assert {"peqa_adapter.md", "lrec_adapter.md", "lora_export.md", "merged_gptq.md"} < names

@@ -27,7 +27,7 @@ def export_lora(
     """Write an LREC adapter as a LoRA adapter, for PEFT without peft_quant and for engines that load LoRA.
 
     The tensors are the same; the configuration becomes a `LoraConfig`, which no longer records the base model's
-    fingerprint. `out` appears once it is complete.
+    fingerprint; the model card does. `out` appears once it is complete.
 
     Args:
         adapter: directory or Hub id of the adapter, or a model that has it loaded.
