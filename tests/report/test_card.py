@@ -198,7 +198,7 @@ class TestContents:
             card = ModelCard.load(file)
             headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
             assert headings[0] == "Use"
-            assert {"Perplexity", "Limits", "Versions"} < set(headings)
+            assert {"What was trained", "Limits", "Versions"} < set(headings)
             assert f'"library_name": "{card.data.library_name}"' in card.text, kind
             assert card.data.base_model is None
 
