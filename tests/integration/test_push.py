@@ -14,7 +14,7 @@ import torch
 import transformers.utils.hub
 from gptq_models import load
 from hub_server import Hub, serve
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -240,6 +240,36 @@ def test_a_branch_is_swapped_in(hub, checkpoint, input_ids, tmp_path, method):
         new.push_to_hub("user/adapter", revision="v2")
         hotswap_adapter(model, "user/adapter", "default", revision="v2")
     assert torch.equal(logits(model, input_ids), logits(new, input_ids))
+
+
+def read(hub, repository, path):
+    return hub.object(hub.files(repository)[path]["sha256"]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_card_is_there_and_edits_on_the_hub_survive(hub, checkpoint, tmp_path, method):
+    model = tuned(checkpoint, method)
+    with client(hub, tmp_path) as endpoint:
+        model.push_to_hub("user/adapter")
+        card = ModelCard(read(hub, "user/adapter", "README.md"))
+        assert (card.data.library_name, card.data.base_model) == ("peft", "user/base")
+        assert card.data.base_model_relation == "adapter"
+        assert method in card.data.tags
+        snippet = card.text.split("```python\n")[1]
+        assert snippet.startswith("import peft_quant")
+        assert '"user/adapter")' in snippet
+        assert str(tmp_path) not in card.content
+
+        card.data.license = "apache-2.0"
+        HfApi(endpoint).upload_file(
+            path_or_fileobj=f"---\n{card.data}\n---\nWritten on the Hub.\n{card.text}".encode(),
+            path_in_repo="README.md",
+            repo_id="user/adapter",
+        )
+        model.push_to_hub("user/adapter")
+    card = ModelCard(read(hub, "user/adapter", "README.md"))
+    assert card.data.license == "apache-2.0"
+    assert "Written on the Hub." in card.text
 
 
 def test_a_second_push_is_a_second_commit(hub, checkpoint, tmp_path):
