@@ -9,8 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTQConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from peft_quant.ops.packing import pack_rows, pack_zeros
 
@@ -119,6 +127,16 @@ def tiny_config(**options) -> LlamaConfig:
         "pad_token_id": 2,
     }
     return LlamaConfig(**{**defaults, **options})
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w0` to `w119` as the tokens 3 to 122 of [`tiny_config`]'s vocabulary."""
+    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(120))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def kept_for_backward(forward: Callable[[], object]) -> dict[int, int]:

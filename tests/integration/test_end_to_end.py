@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from gptq_models import load, tiny_config
+from gptq_models import load, tiny_config, tiny_tokenizer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM
 
 from peft_quant import PEQAConfig, gptq, merge_checkpoint
 from peft_quant.gptq.quantize import quantize_checkpoint
@@ -31,13 +30,7 @@ save_file({"logits": logits}, sys.argv[3])
 @pytest.fixture(scope="module")
 def float_model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("float") / "llama"
-    words = [f"w{i}" for i in range(120)]
-    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(directory)
     return directory
