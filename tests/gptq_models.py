@@ -134,9 +134,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(120))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def kept_for_backward(forward: Callable[[], object]) -> dict[int, int]:
