@@ -22,7 +22,7 @@ def launch(checkpoint, out, processes, batch_size):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # `--cpu` starts one process whatever `--num_processes` says; `--multi_gpu` starts all, and the script has `use_cpu`
+    # `--cpu` starts one process whatever `--num_processes` says; with `--multi_gpu` the script's `use_cpu` decides
     device = ["--cpu"] if processes == 1 else ["--multi_gpu", "--main_process_port", str(port)]
     options = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     result = subprocess.run(

@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model
 from rows import METHODS
 from transformers import pipeline
 
+
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 PROMPTS = ["w10 w11 w12", "w3 w77"]
 
@@ -82,7 +83,7 @@ def test_generation_for_several_adapters_in_one_batch(base, adapters, input_ids)
 
 
 def test_native_hotswapping_is_refused(base, adapters, input_ids):
-    # transformers swaps LoRA alone: `hotswap_adapter` does it for a PeftModel, and `export_lora` makes a LoRA of LREC's
+    # `hotswap_adapter` swaps in a PeftModel, and `export_lora` makes LREC's adapter one that transformers swaps
     model = load(base)
     model.load_adapter(str(adapters[0]), adapter_name="task")
     expected = model(input_ids=input_ids).logits

@@ -1,4 +1,4 @@
-"""TRL's trainers, given a GPTQ model and a configuration: supervised fine-tuning and direct preference optimization."""
+"""TRL's trainers, given a GPTQ model and a configuration: supervised fine-tuning and preference optimization."""
 
 import pytest
 import torch
