@@ -5,7 +5,7 @@ Importing this package registers its methods with PEFT; use them through `get_pe
 
 from typing import TYPE_CHECKING, Any
 
-from .compat import require_supported_peft
+from .compat import __version__, require_supported_peft
 
 
 require_supported_peft()
@@ -26,8 +26,6 @@ from .tuners.proof import TrainingError  # noqa: E402
 if TYPE_CHECKING:
     from .tuners.lrec.correction import LRECTrainer, LRECTrainingArguments
     from .tuners.lrec.teacher import cache_teacher
-
-__version__ = "0.1.0"
 
 __all__ = [
     "InvalidCheckpointError",

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from packaging.version import Version
 
 
+__version__ = "0.1.0"
+
 PEFT_SUPPORTED = ("0.20.0", "0.22.0")
 
 

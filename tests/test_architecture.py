@@ -16,7 +16,7 @@ ROOT = Path(peft_quant.__file__).parent
 ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
-    "tuners": {"tuners", "gptq", "ops", "registry", "report"},
+    "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat"},
     "report": {"report"},
     "registry": set(),
     "compat": set(),

@@ -1,6 +1,9 @@
 import copy
 import importlib
+import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
@@ -50,3 +53,39 @@ def test_only_tested_versions_of_peft_are_accepted(monkeypatch, installed, accep
     else:
         with pytest.raises(ImportError, match=f"found {installed}"):
             peft_quant.require_supported_peft()
+
+
+CONFIGS = (peft_quant.PEQAConfig, peft_quant.LRECConfig)
+
+UNREGISTERED = """
+import sys
+from peft import PeftConfig
+for directory in sys.argv[1:]:
+    try:
+        PeftConfig.from_pretrained(directory)
+    except KeyError as error:
+        print(error)
+assert "peft_quant" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_saved_config_names_this_package_and_the_version_that_made_it(config_class, tmp_path):
+    config_class(task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["peft_quant_version"] == peft_quant.__version__
+    path.write_text(json.dumps({**saved, "peft_quant_version": "0.0.1"}))
+    assert PeftConfig.from_pretrained(tmp_path).peft_quant_version == "0.0.1"
+
+
+def test_without_this_package_peft_names_the_method_alone(tmp_path):
+    # what PEFT 0.20 and 0.21 do with an unknown method, and the entry of README's table: a KeyError
+    directories = [tmp_path / config_class.__name__ for config_class in CONFIGS]
+    for config_class, directory in zip(CONFIGS, directories):
+        config_class().save_pretrained(directory)
+    result = subprocess.run(
+        [sys.executable, "-c", UNREGISTERED, *map(str, directories)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["'PEQA'", "'LREC'"]

@@ -9,6 +9,8 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from ...compat import __version__
+
 
 # of LoRA's own options, those that LREC has too
 _LORA_OPTIONS = frozenset(
@@ -68,6 +70,9 @@ class LRECConfig(LoraConfig):
             by [`initialize_lrec_weights`], which needs the float weights, and name the start of a saved adapter.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+        peft_quant_version (`str`, *optional*):
+            Filled in by the library: the version that made the adapter. In the saved file it tells which package to
+            import before PEFT can load the adapter.
 
     Raises:
         ValueError: for values that contradict each other or are not among those named above, and for LoRA's other
@@ -88,6 +93,9 @@ class LRECConfig(LoraConfig):
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
     )
+    peft_quant_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_quant that made the adapter, filled in by the library."}
+    )
 
     def __post_init__(self) -> None:
         self._refuse_other_lora_options()
@@ -100,6 +108,8 @@ class LRECConfig(LoraConfig):
             self.target_modules = None  # the same, and it goes with `layers_to_transform`
         super().__post_init__()
         self.peft_type = PeftType.LREC
+        if self.peft_quant_version is None:
+            self.peft_quant_version = __version__
         for rank in (self.r, *self.rank_pattern.values()):
             if rank <= 0:
                 raise ValueError(

@@ -9,6 +9,8 @@ import torch
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from ...compat import __version__
+
 
 @dataclass
 class PEQAConfig(PeftConfig):
@@ -35,6 +37,9 @@ class PEQAConfig(PeftConfig):
             Start from zero deltas, which leave the model as it is. `False` draws random ones, which is for tests only.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+        peft_quant_version (`str`, *optional*):
+            Filled in by the library: the version that made the adapter. In the saved file it tells which package to
+            import before PEFT can load the adapter.
 
     Raises:
         ValueError: for values that contradict each other or are not among those named above.
@@ -65,10 +70,15 @@ class PEQAConfig(PeftConfig):
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
     )
+    peft_quant_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_quant that made the adapter, filled in by the library."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PEQA
+        if self.peft_quant_version is None:
+            self.peft_quant_version = __version__
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
