@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+MATRIX = tests/matrix tests/tuners tests/gptq tests/integration tests/test_registry.py
 
-.PHONY: bench demo test test-conformance lint format clean
+.PHONY: bench demo test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
@@ -17,6 +18,15 @@ test: lint
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready
 	.venv-conformance/bin/python tests/conformance/run.py -n 2
+
+# packages around PEFT that nothing else here needs
+test-ecosystem: .venv-ecosystem/.ready
+	HF_DATASETS_OFFLINE=1 .venv-ecosystem/bin/python -m pytest tests/ecosystem
+
+# the newest versions (constraints.txt), then the oldest (constraints-oldest.txt)
+test-matrix: $(VENV)/.ready .venv-oldest/.ready
+	$(BIN)/python -m pytest $(MATRIX)
+	.venv-oldest/bin/python -m pytest $(MATRIX)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -46,5 +56,18 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	.venv-conformance/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[conformance]'
 	touch $@
 
+.venv-ecosystem/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/pip install -q -c constraints.txt torch setuptools wheel
+	.venv-ecosystem/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[ecosystem]'
+	touch $@
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[test]'
+	.venv-oldest/bin/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-conformance .cache
+	rm -rf $(VENV) .venv-conformance .venv-ecosystem .venv-oldest .cache

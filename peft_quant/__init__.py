@@ -5,7 +5,8 @@ Importing this package registers its methods with PEFT; use them through `get_pe
 
 from typing import TYPE_CHECKING, Any
 
-from .compat import __version__, require_supported_peft
+from .compat import __version__ as __version__
+from .compat import require_supported_peft
 
 
 require_supported_peft()

@@ -130,8 +130,8 @@ def tiny_config(**options) -> LlamaConfig:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words `w0` to `w119` as the tokens 3 to 122 of [`tiny_config`]'s vocabulary."""
-    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(120))]
+    """Words `w0` to `w124` as the tokens 3 to 127 of [`tiny_config`]'s vocabulary."""
+    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(125))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
