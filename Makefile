@@ -23,10 +23,11 @@ test-conformance: .venv-conformance/.ready
 test-ecosystem: .venv-ecosystem/.ready
 	HF_DATASETS_OFFLINE=1 .venv-ecosystem/bin/python -m pytest tests/ecosystem
 
-# the newest versions (constraints.txt), then the oldest (constraints-oldest.txt)
+# the newest versions (constraints.txt), then the oldest (constraints-oldest.txt); prints what is supported
 test-matrix: $(VENV)/.ready .venv-oldest/.ready
-	$(BIN)/python -m pytest $(MATRIX)
-	.venv-oldest/bin/python -m pytest $(MATRIX)
+	$(BIN)/python -m pytest $(MATRIX) --support-table .cache/newest.json
+	.venv-oldest/bin/python -m pytest $(MATRIX) --support-table .cache/oldest.json
+	$(BIN)/python tests/matrix/support_table.py .cache/newest.json .cache/oldest.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

@@ -47,4 +47,5 @@ class SupportTable:
     def pytest_sessionfinish(self):
         versions = ", ".join(f"{package} {version(package)}" for package in ("peft", "transformers"))
         counts = [[operation, method, outcomes] for (operation, method), outcomes in self.counts.items()]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps({"versions": versions, "counts": counts}, indent=1), encoding="utf-8")
