@@ -416,7 +416,7 @@ def _count_tensors(place: Path, names: set[str] | None) -> list[dict[str, Any]]:
                 )
                 row["tensors"] += 1
                 row["values"] += values
-                row["bytes"] += values * _BYTES[dtype]
+                row["bytes"] += values * _BYTES.get(dtype, 1)
     return [rows[key] for key in sorted(rows)]
 
 
