@@ -99,7 +99,7 @@ def test_dtypes(dtype, autocast):
 def test_adapters_are_fp32_whatever_the_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try:
-        model = get_peft_model(One(), LRECConfig(), autocast_adapter_dtype=False)
+        model = get_peft_model(One(), LRECConfig())
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
