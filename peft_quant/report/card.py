@@ -187,7 +187,9 @@ def update_card(
         body = _GENERATED.sub(lambda _: part, layout.text, count=1)
     front_matter = ModelCardData(**merged).to_yaml()
     path = directory / README
-    path.write_text(f"---\n{front_matter}\n---\n{body}", encoding="utf-8")
+    unfinished = path.with_name(f"{README}.part")  # what a user wrote is never half overwritten
+    unfinished.write_text(f"---\n{front_matter}\n---\n{body}", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 
