@@ -5,20 +5,12 @@ import torch
 from datasets import Dataset
 from gptq_models import load, tiny_tokenizer
 from peft import PeftModel, get_peft_model_state_dict
+from quick_training import SETTINGS, logged
 from rows import METHODS
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
-SMALL = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+SMALL = {**SETTINGS, "learning_rate": 2e-3}
 PROMPT, CHOSEN, REJECTED = "w1 w2 w3", " w4 w5 w6", " w9 w8 w7"
 
 
@@ -47,10 +39,6 @@ def dpo(model, directory, steps, **options):
     return DPOTrainer(model, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer(), **options)
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 @torch.no_grad()
 def log_probability(model, continuation):
     """Log-probability of a continuation of the prompt, and of the end that TRL puts after it."""
@@ -71,6 +59,15 @@ def same_adapters(model, other):
     return all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
 
+@pytest.mark.parametrize("trainer", (sft, dpo))
+def test_saved_and_loaded(trainer, config, model, checkpoint, tmp_path):
+    run = trainer(model, tmp_path / "run", steps=2, peft_config=config)
+    run.train()
+    run.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
+    assert same_adapters(loaded, run.model)
+
+
 class TestSFT:
     def test_learns_and_trains_the_adapter_alone(self, config, model, tmp_path):
         run = sft(model, tmp_path, steps=12, peft_config=config)
@@ -82,13 +79,6 @@ class TestSFT:
         assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
         changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
         assert changed == trainable.keys()
-
-    def test_saved_and_loaded(self, config, model, checkpoint, tmp_path):
-        run = sft(model, tmp_path / "run", steps=2, peft_config=config)
-        run.train()
-        run.save_model(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
-        assert same_adapters(loaded, run.model)
 
 
 class TestDPO:
@@ -106,13 +96,6 @@ class TestDPO:
         for actual, continuation in ((chosen, CHOSEN), (rejected, REJECTED)):
             expected = log_probability(base, continuation).expand(4)
             torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
-
-    def test_saved_and_loaded(self, config, model, checkpoint, tmp_path):
-        run = dpo(model, tmp_path / "run", steps=2, peft_config=config)
-        run.train()
-        run.save_model(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
-        assert same_adapters(loaded, run.model)
 
 
 class TestDPOOfATrainedAdapter:

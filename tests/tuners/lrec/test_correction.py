@@ -10,6 +10,7 @@ from accelerate import disk_offload
 from datasets import Dataset, concatenate_datasets
 from gptq_models import float_llama, load, peak_bytes, save_tiny_llama, tiny_config
 from peft import PeftModel, get_peft_model
+from quick_training import SETTINGS, logged
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -54,17 +55,7 @@ def adapted(checkpoint, bits=2, **options):
 
 def trainer(model, directory, teacher, steps=6, data=None, evaluation=None, **options):
     set_seed(0)
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_grad_norm": 0.0,
-    }
+    defaults = {**SETTINGS, "learning_rate": 1e-2, "max_grad_norm": 0.0}
     processing = {name: options.pop(name) for name in list(options) if name.endswith("processing_class")}
     return LRECTrainer(
         model,
@@ -75,10 +66,6 @@ def trainer(model, directory, teacher, steps=6, data=None, evaluation=None, **op
         data_collator=collate,
         **processing,
     )
-
-
-def logged(run, name):
-    return [entry[name] for entry in run.state.log_history if name in entry]
 
 
 def branches(model, adapter="default"):

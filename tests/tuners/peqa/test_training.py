@@ -4,40 +4,20 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from gptq_models import load
 from peft import PeftModel, get_peft_model
+from quick_training import SETTINGS, logged, sequences
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_quant import PEQAConfig, TrainingError
 
 
-def sequences(count=16, length=16):
-    """Counting upwards: something a small model can learn."""
-    start = torch.randint(3, 100, (count, 1), generator=torch.Generator().manual_seed(0))
-    ids = (start + torch.arange(length)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
 def trainer(model, directory, steps=6, **options):
     set_seed(0)
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
+    defaults = {**SETTINGS, "learning_rate": 2e-3}
     arguments = TrainingArguments(output_dir=directory, max_steps=steps, **{**defaults, **options})
     return Trainer(model, arguments, train_dataset=sequences(), eval_dataset=sequences(4))
-
-
-def losses(run):
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 def deltas(model):
@@ -53,7 +33,7 @@ def test_learns_and_changes_nothing_but_the_deltas(peft_model, tmp_path):
     before = {name: t.clone() for name, t in peft_model.state_dict().items()}
     run = trainer(peft_model, tmp_path, steps=30)
     run.train()
-    curve = losses(run)
+    curve = logged(run, "loss")
     assert sum(curve[-4:]) / 4 < 0.8 * curve[0]
     changed = {name for name, t in peft_model.state_dict().items() if not torch.equal(t, before[name])}
     assert changed == set(deltas(peft_model))
@@ -119,7 +99,7 @@ def test_mixed_precision(peft_model, tmp_path):
     run = trainer(peft_model, tmp_path, steps=3, bf16=True)
     run.train()
     assert all(delta.dtype == torch.float32 and delta.any() for delta in deltas(peft_model).values())
-    assert losses(run)[-1] < losses(run)[0]
+    assert logged(run, "loss")[-1] < logged(run, "loss")[0]
 
 
 def test_checkpoints_are_adapters_and_the_best_comes_back(peft_model, checkpoint, tmp_path):
