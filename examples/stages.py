@@ -61,8 +61,10 @@ def load(model: str | Path) -> PreTrainedModel:
     """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint."""
     kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, quantization_config=kernel, dtype=dtype, device_map=device)
+    # in the dtype of the float model's evaluation: rounding scales to bfloat16 would count as quantization error
+    return AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=kernel, dtype=torch.float32, device_map=device
+    )
 
 
 def versions() -> str:

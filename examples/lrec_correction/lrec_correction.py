@@ -39,6 +39,21 @@ import peft_quant
 from peft_quant.gptq.quantize import quantize_checkpoint
 
 
+ROWS = {
+    "eora": "EoRA",
+    "svd": "start: svd",
+    "whitened": "start: whitened",
+    "ce": "text alone, from zero",
+    "rilq": "RILQ's loss, from svd",
+    "lrec-zero": "LREC from zero",
+    "lrec-svd": "LREC from svd",
+    "lrec-whitened": "LREC from whitened",
+    "task-zero": "task: a branch from zero",
+    "task-continued": "task: the corrected branch goes on",
+    "task-second": "task: a second branch over it",
+}
+
+
 class Run:
     """One base, its texts and everything that is trained on it."""
 
@@ -49,6 +64,8 @@ class Run:
         self.float_model = float_model(self.work)
         self.tokenizer = AutoTokenizer.from_pretrained(self.float_model)
         self.general, self.task = wikipedia(self.work), king_james(self.work)
+        if arguments.validation:
+            self.general, self.task = (without_last_tenth(text[0]) for text in (self.general, self.task))
         self.held_out = {
             name: windows(self.tokenizer, text[1], 512, arguments.windows)
             for name, text in (("general", self.general), ("task", self.task))
@@ -56,7 +73,8 @@ class Run:
         symmetry = "-asym" if arguments.asymmetric else ""
         self.base = self.work / f"gptq-{arguments.bits}bit-g{arguments.group_size}{symmetry}"
         tokens = f"{arguments.steps}x{arguments.batch_size}x{arguments.sequence_length}"
-        self.settings = f"r{arguments.rank}-{tokens}-top{arguments.top_k}-seed{arguments.seed}"
+        self.settings = f"r{arguments.rank}-{tokens}-lr{arguments.learning_rate}-ce{arguments.ce_weight}"
+        self.settings += f"-top{arguments.top_k}-seed{arguments.seed}{'-validation' * arguments.validation}"
         self.stages = Stages(self.work / f"results-{self.base.name}-{self.settings}.json")
         self.rows: dict[str, dict[str, float]] = {}
 
@@ -118,16 +136,17 @@ class Run:
         rank = self.arguments.rank
         return peft_quant.LRECConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank)
 
-    def load_teacher(self) -> Any:
+    def load_float_model(self) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return AutoModelForCausalLM.from_pretrained(self.float_model, dtype=torch.float32, device_map=device)
 
     def cache_teacher(self) -> Path:
         arguments, data = self.arguments, self.correction_data()
         directory = self.work / f"teacher-{len(data)}x{arguments.sequence_length}-top{arguments.top_k}"
+        directory = directory.with_name(directory.name + "-validation" * arguments.validation)
 
         def make() -> None:
-            teacher = self.load_teacher()
+            teacher = self.load_float_model()
             peft_quant.cache_teacher(teacher, data, directory, k=arguments.top_k, tokenizer=self.tokenizer)
 
         self.stages.run("cache the teacher", make, directory)
@@ -135,7 +154,7 @@ class Run:
 
     def teacher(self, weights: dict[str, float]) -> Any:
         if weights.get("hidden_weight") or (weights["kl_weight"] and not self.arguments.top_k):
-            return self.load_teacher()
+            return self.load_float_model()
         return self.cache_teacher() if weights["kl_weight"] else None
 
     def trainer_options(self, learning_rate: float) -> dict[str, Any]:
@@ -179,6 +198,26 @@ class Run:
         self.stages.run(f"train: {name}", train, directory)
         return directory
 
+    def make(self, name: str) -> None:
+        """One row of the table, and what it starts from."""
+        loss = {"kl_weight": 1.0, "ce_weight": self.arguments.ce_weight}
+        if name in ("eora", "svd", "whitened"):
+            self.evaluate(name, self.start(name))
+        elif name == "ce":
+            self.evaluate(name, self.correct(name, None, kl_weight=0.0, ce_weight=1.0))
+        elif name == "rilq":
+            rilq = {"kl_weight": 0.0, "hidden_weight": 1.0, "ce_weight": 1.0}
+            self.evaluate(name, self.correct(name, self.start("svd"), **rilq))
+        elif name == "lrec-zero":
+            self.evaluate(name, self.correct(name, None, **loss))
+        elif name.startswith("lrec-"):
+            self.evaluate(name, self.correct(name, self.start(name.removeprefix("lrec-")), **loss))
+        elif name == "task-zero":
+            self.learn_task(name, None)
+        else:
+            corrected = self.correct("lrec-whitened", self.start("whitened"), **loss)
+            self.learn_task(name, corrected, second=name == "task-second")
+
     def learn_task(self, name: str, corrected: Path | None, second: bool = False) -> None:
         """The task by the stock Trainer: on the corrected branch itself, or on a second one over the frozen first."""
 
@@ -219,38 +258,31 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=[*ROWS], help="rows to make, of the branches")
+    parser.add_argument(
+        "--validation", action="store_true", help="hold out the last tenth of the training texts, to choose options by"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/lrec_correction"))
+    parser.add_argument("--output", type=Path, help="JSON file of the options and the results")
     run = Run(parser.parse_args())
 
-    run.rows["float"] = run.stages.run(
-        "evaluate float",
-        lambda: evaluate(AutoModelForCausalLM.from_pretrained(run.float_model, dtype=torch.float32), run.held_out),
-    )
     if not run.base.exists():
         run.stages.run("quantize", run.quantize, run.base)
-    run.evaluate("GPTQ")
-    svd, whitened = run.start("svd"), run.start("whitened")
-    run.evaluate("EoRA", run.start("eora"))
-    run.evaluate("start: svd", svd)
-    run.evaluate("start: whitened", whitened)
-    run.evaluate("CE from zero", run.correct("ce", None, kl_weight=0.0, ce_weight=1.0))
-    rilq = {"kl_weight": 0.0, "hidden_weight": 1.0, "ce_weight": 1.0}
-    run.evaluate("RILQ's loss from svd", run.correct("rilq", svd, **rilq))
-    loss = {"kl_weight": 1.0, "ce_weight": run.arguments.ce_weight}
-    run.evaluate("LREC from zero", run.correct("lrec-zero", None, **loss))
-    run.evaluate("LREC from svd", run.correct("lrec-svd", svd, **loss))
-    corrected = run.correct("lrec-whitened", whitened, **loss)
-    run.evaluate("LREC from whitened", corrected)
-    report(run, "before the task")
-    print(bits_per_weight(run.base, corrected))
-
-    run.learn_task("a branch from zero", None)
-    run.learn_task("the corrected branch goes on", corrected)
-    run.learn_task("a second branch over it", corrected, second=True)
-    report(run, "after the task")
+    run.rows["float"] = run.stages.run("evaluate float", lambda: evaluate(run.load_float_model(), run.held_out))
+    run.evaluate("gptq")
+    for name in ROWS:
+        if name in run.arguments.only:
+            run.make(name)
+    report(run)
 
 
-def bits_per_weight(base: Path, adapter: Path) -> str:
+def without_last_tenth(text: str) -> tuple[str, str]:
+    """A text and its last tenth, taken off."""
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
+
+
+def bits_per_weight(base: Path, adapter: Path) -> dict[str, float]:
     """What a quantized weight takes of the checkpoint's tensors and of the adapter's, as they are in the files."""
     stored: dict[str, int] = {"qweight": 0, "scales": 0, "qzeros": 0, "adapter": 0}
     codes = 0
@@ -262,18 +294,24 @@ def bits_per_weight(base: Path, adapter: Path) -> str:
             if part == "qweight":
                 codes += 32 * tensor.numel()
     weights = codes / json.loads((base / "config.json").read_text())["quantization_config"]["bits"]
-    parts = ", ".join(f"{part} {count / weights:.2f}" for part, count in stored.items())
-    return f"bits a weight: {parts}; together {sum(stored.values()) / weights:.2f}"
+    return {part: round(count / weights, 3) for part, count in stored.items()}
 
 
-def report(run: Run, title: str) -> None:
-    floor, base = run.rows["float"], run.rows["GPTQ"]
-    print(f"\n{title}, {run.base.name}, {run.settings}\n")
+def report(run: Run) -> None:
+    floor, base = run.rows["float"], run.rows["gptq"]
+    print(f"\n{run.base.name}, {run.settings}\n")
     print("| held-out perplexity | Wikipedia | gap closed | King James |\n|---|---|---|---|")
     for name, row in run.rows.items():
         closed = (base["general"] - row["general"]) / (base["general"] - floor["general"])
-        print(f"| {name} | {row['general']:.2f} | {closed:.0%} | {row['task']:.2f} |")
-    print(f"\n{versions()}", flush=True)
+        print(f"| {ROWS.get(name, name)} | {row['general']:.2f} | {closed:.0%} | {row['task']:.2f} |")
+    adapter = next(run.work.glob(f"{run.base.name}-{run.settings}-*/adapter_config.json")).parent
+    bits = bits_per_weight(run.base, adapter)
+    parts = ", ".join(f"{part} {value:.2f}" for part, value in bits.items())
+    print(f"\nbits a weight: {parts}; together {sum(bits.values()):.2f}\n\n{versions()}", flush=True)
+    if run.arguments.output is not None:
+        options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(run.arguments).items()}
+        results = {"options": options, "rows": run.rows, "bits_per_weight": bits}
+        run.arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
