@@ -38,9 +38,12 @@ def perplexity(model: PreTrainedModel, batch: torch.Tensor, description: str = "
     """Perplexity a token of windows `[number, size]`; the first token of a window is context only."""
     model.eval()
     total = 0.0
-    for window in tqdm(batch, desc=description, unit="window", leave=False):
-        logits = model(window[None].to(model.device)).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, window[1:].to(model.device), reduction="sum").item()
+    for part in tqdm(batch.split(4), desc=description, unit="batch", leave=False):
+        tokens = part.to(model.device)
+        logits = model(tokens).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        ).item()
     return math.exp(total / batch[:, 1:].numel())
 
 

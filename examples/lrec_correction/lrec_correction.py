@@ -90,7 +90,7 @@ class Run:
         return self.samples(self.general[0])
 
     def calibration(self) -> torch.Tensor:
-        return windows(self.tokenizer, self.general[0], 256, self.arguments.calibration)
+        return windows(self.tokenizer, wikipedia(self.work)[0], 512, self.arguments.calibration)
 
     def quantize(self) -> None:
         quantize_checkpoint(
@@ -114,12 +114,11 @@ class Run:
 
     def start(self, start: str) -> Path:
         """A branch that repairs the weights, without training; its table and picture lie beside it."""
-        directory = self.adapter(start)
+        directory = self.work / f"{self.base.name}-r{self.arguments.rank}-{start}"
 
         def make() -> None:
-            set_seed(self.arguments.seed)
             model = get_peft_model(load(self.base), self.config())
-            batches = self.calibration().split(4)
+            batches = self.calibration().split(16)
             if start == "eora":
                 start_as_eora(model, self.float_model, batches)
             else:
@@ -129,7 +128,8 @@ class Run:
                 directory.with_suffix(".md").write_text(f"{report}\n", encoding="utf-8")
             model.save_pretrained(directory)
 
-        self.stages.run(f"start: {start}", make, directory)
+        if not directory.exists():
+            self.stages.run(f"start: {start}", make, directory)
         return directory
 
     def config(self) -> peft_quant.LRECConfig:
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--calibration", type=int, default=64, help="windows of 256 tokens, to quantize and to start")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens, to quantize and to start")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -283,12 +283,12 @@ def without_last_tenth(text: str) -> tuple[str, str]:
 
 
 def bits_per_weight(base: Path, adapter: Path) -> dict[str, float]:
-    """What a quantized weight takes of the checkpoint's tensors and of the adapter's, as they are in the files."""
+    """What a quantized weight takes of the checkpoint's tensors and of an adapter's file, as they are stored."""
     stored: dict[str, int] = {"qweight": 0, "scales": 0, "qzeros": 0, "adapter": 0}
     codes = 0
-    for file in [*base.glob("*.safetensors"), adapter / "adapter_model.safetensors"]:
+    for file in [*base.glob("*.safetensors"), adapter]:
         for name, tensor in load_file(file).items():
-            part = "adapter" if file.parent == adapter else name.rpartition(".")[2]
+            part = "adapter" if file == adapter else name.rpartition(".")[2]
             if part in stored:
                 stored[part] += 8 * tensor.numel() * tensor.element_size()
             if part == "qweight":
@@ -304,8 +304,8 @@ def report(run: Run) -> None:
     for name, row in run.rows.items():
         closed = (base["general"] - row["general"]) / (base["general"] - floor["general"])
         print(f"| {ROWS.get(name, name)} | {row['general']:.2f} | {closed:.0%} | {row['task']:.2f} |")
-    adapter = next(run.work.glob(f"{run.base.name}-{run.settings}-*/adapter_config.json")).parent
-    bits = bits_per_weight(run.base, adapter)
+    adapters = run.work.glob(f"{run.base.name}-r{run.arguments.rank}-*/adapter_model.safetensors")
+    bits = bits_per_weight(run.base, next(adapters))
     parts = ", ".join(f"{part} {value:.2f}" for part, value in bits.items())
     print(f"\nbits a weight: {parts}; together {sum(bits.values()):.2f}\n\n{versions()}", flush=True)
     if run.arguments.output is not None:
