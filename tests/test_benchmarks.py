@@ -1,6 +1,7 @@
 """The benchmarks run, at a tiny shape, and record what the README's table is printed from."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,37 @@ def test_table(results):
         ["| peqa", "ours", "4", "128", "2", "1 x 16", "eager", ""]
     ]
     assert sum(line.startswith("| lora") for line in lines) == 2
+
+
+def test_quality(tmp_path):
+    options = {"bits": 3, "group_size": 64, "asymmetric": False, "rank": 8, "steps": 10, "batch_size": 2}
+    options |= {
+        "sequence_length": 32,
+        "ce_weight": 0.5,
+        "top_k": 64,
+        "windows": 4,
+        "validation": False,
+        "only": ["ce"],
+    }
+    ends = {"float": {"general": 20.0, "task": 30.0}, "gptq": {"general": 40.0, "task": 30.1}}
+    for seed, perplexity in enumerate((25.0, 24.0)):
+        rows = {"lrec-svd": {"general": perplexity, "task": 30.0}, "task-zero": {"general": 1.0, "task": 1.0}}
+        run_of_example = {"options": {**options, "seed": seed}, "rows": {**(ends if seed == 0 else {}), **rows}}
+        file = tmp_path / f"{seed}.json"
+        file.write_text(json.dumps({**run_of_example, "versions": "GPU; peft 0, torch 0"}))
+    files = [str(tmp_path / f"{seed}.json") for seed in (0, 1)]
+    lines = run("quality.py", *files, "--out", str(tmp_path / "out")).splitlines()
+    assert [line for line in lines if line.startswith("| lrec")] == [
+        # 15.5 of a gap of 20; there is no gap to speak of on the task
+        "| lrec, svd `--ce-weight 0.5` | 24.50 ± 0.50 | 78% | 30.00 |  |"
+    ]
+    with (tmp_path / "out" / "quality.csv").open() as table:
+        recorded = list(csv.DictReader(table))
+    assert [(row["method"], row["init"], row["bits"], row["seed"], row["train_tokens"]) for row in recorded[::2]] == [
+        ("float", "", "", "", "0"),
+        ("gptq", "", "3", "", "0"),
+        ("lrec", "svd", "3", "0", "640"),
+        ("lrec", "svd", "3", "1", "640"),
+    ]
+    assert recorded[4]["command"].endswith("--only lrec-svd")
+    assert "--asymmetric" not in recorded[4]["command"]

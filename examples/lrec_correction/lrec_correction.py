@@ -309,8 +309,8 @@ def report(run: Run) -> None:
     parts = ", ".join(f"{part} {value:.2f}" for part, value in bits.items())
     print(f"\nbits a weight: {parts}; together {sum(bits.values()):.2f}\n\n{versions()}", flush=True)
     if run.arguments.output is not None:
-        options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(run.arguments).items()}
-        results = {"options": options, "rows": run.rows, "bits_per_weight": bits}
+        options = {name: value for name, value in vars(run.arguments).items() if not isinstance(value, Path)}
+        results = {"options": options, "rows": run.rows, "bits_per_weight": bits, "versions": versions()}
         run.arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
