@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -352,15 +353,17 @@ def test_a_failed_commit_with_xet(hub, checkpoint, tmp_path):
     assert hub.files("user/adapter")["adapter_model.safetensors"]["sha256"] in hub.xet_hashes()
 
 
-def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path):
+@pytest.mark.parametrize("strategy", ("end", "every_save", "checkpoint"))
+def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path, strategy):
     model = tuned(checkpoint)
     with client(hub, tmp_path):
         arguments = TrainingArguments(
             tmp_path / "out",
             push_to_hub=True,
             hub_model_id="user/trained",
-            hub_strategy="end",
-            max_steps=1,
+            hub_strategy=strategy,
+            save_steps=1,
+            max_steps=2,
             report_to=[],
             use_cpu=True,
         )
@@ -369,6 +372,9 @@ def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path):
         trainer.train()
         trainer.push_to_hub()
         path = snapshot_download("user/trained", cache_dir=tmp_path / "pulled")
-    assert "model.safetensors" not in hub.files("user/trained")
+    files = hub.files("user/trained")
+    assert "model.safetensors" not in files
+    assert ("last-checkpoint/optimizer.pt" in files) == (strategy == "checkpoint")
+    assert "# PEQA adapter" in Path(path, "README.md").read_text()
     pulled = PeftModel.from_pretrained(load(checkpoint), path)
     assert torch.equal(logits(pulled, input_ids), logits(model, input_ids))
