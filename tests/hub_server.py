@@ -84,13 +84,15 @@ class Hub:
     commits (title, parent, and the files by path: size, git's oid, sha256, and whether it is a large one). Contents
     are in `objects`, by sha256, or in `xet`, where hf_xet's own client keeps them.
 
-    `large` are the endings of files that go to large file storage. `requests` lists what was asked and answered.
+    `large` are the endings of files that go to large file storage, in parts if they have more than `part_bytes`.
+    `requests` lists what was asked and answered.
     `faults` says what shall go wrong, by how a request begins ("POST /api/models/user/name/commit"), each time once:
     `{"status": ...}` is answered, `{"cut": n}` breaks the connection after n bytes of the body.
     """
 
     def __init__(self, directory: Path, large: tuple[str, ...] = (".safetensors", ".bin")) -> None:
         self.directory, self.large = directory, large
+        self.part_bytes: int | None = None
         self.endpoint = ""
         self.requests: list[str] = []
         self.log: Callable[[str], object] = self.requests.append
@@ -182,10 +184,13 @@ class Hub:
     def signature(self, sha256: str) -> str:
         return hmac.new(self._key, sha256.encode(), "sha256").hexdigest()
 
-    def address(self, sha256: str) -> str:
+    def address(self, sha256: str, *part: str) -> str:
         """Where large file storage has a file: on another host, without tokens, for whoever was told."""
         storage = self.endpoint.replace("127.0.0.1", "localhost")
-        return f"{storage}/objects/{sha256}?signature={self.signature(sha256)}"
+        return f"{storage}/{'/'.join(['objects', sha256, *part])}?signature={self.signature(sha256)}"
+
+    def part(self, sha256: str, number: int) -> Path:
+        return self.directory / "parts" / sha256 / str(number)
 
     def add(self, name: str, directory: Path) -> None:
         """Make a repository of a directory's files, without a request."""
@@ -303,6 +308,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return 200, {}, {}
             case (("GET" | "PUT"), ["objects", sha256]):
                 return self._object(sha256)
+            case "PUT", ["objects", sha256, number]:
+                return self._part(sha256, int(number))
+            case "POST", ["objects", sha256, "complete"]:
+                return self._complete(sha256, json.loads(self.body)["parts"])
             case (("GET" | "HEAD"), [user, name, "resolve", revision, *path]):
                 return self._resolve(f"{user}/{name}", revision, "/".join(path))
         raise RequestError(404, message=f"This hub does not know {self.command} {self.path}")
@@ -373,12 +382,36 @@ class _Handler(BaseHTTPRequestHandler):
             answer.append({"oid": wanted["oid"], "size": wanted["size"]})
             if not self.hub.has(wanted["oid"]):
                 verify = {"href": f"{self.hub.endpoint}/objects/verify"}
-                answer[-1]["actions"] = {"upload": {"href": self.hub.address(wanted["oid"])}, "verify": verify}
-        return 200, {"transfer": "basic", "objects": answer}, {}
+                answer[-1]["actions"] = {"upload": self._upload(wanted["oid"], wanted["size"]), "verify": verify}
+        return 200, {"transfer": "multipart" if self.hub.part_bytes else "basic", "objects": answer}, {}
 
-    def _object(self, sha256: str) -> tuple:
+    def _upload(self, sha256: str, size: int) -> dict:
+        """How the client is to send a file."""
+        part_bytes = self.hub.part_bytes
+        if part_bytes is None or size <= part_bytes:
+            return {"href": self.hub.address(sha256)}
+        parts = {str(n): self.hub.address(sha256, str(n)) for n in range(1, -(-size // part_bytes) + 1)}
+        return {"href": self.hub.address(sha256, "complete"), "header": {"chunk_size": str(part_bytes), **parts}}
+
+    def _part(self, sha256: str, number: int) -> tuple:
+        self._check_signature(sha256)
+        _write(self.hub.part(sha256, number), self.body)
+        return 200, b"", {"ETag": hashlib.md5(self.body).hexdigest()}
+
+    def _complete(self, sha256: str, parts: list[dict]) -> tuple:
+        self._check_signature(sha256)
+        content = [self.hub.part(sha256, part["partNumber"]).read_bytes() for part in parts]
+        if [part["etag"] for part in parts] != [hashlib.md5(part).hexdigest() for part in content]:
+            raise RequestError(400, message="A part is not what was uploaded")
+        self.hub.store(sha256, b"".join(content))
+        return 200, {}, {}
+
+    def _check_signature(self, sha256: str) -> None:
         if not hmac.compare_digest(self.signature, self.hub.signature(sha256)):
             raise RequestError(403, message="The address is not signed")
+
+    def _object(self, sha256: str) -> tuple:
+        self._check_signature(sha256)
         if self.command == "PUT":
             self.hub.store(sha256, self.body)
             return 200, b"", {}

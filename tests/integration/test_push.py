@@ -308,6 +308,18 @@ def test_an_upload_cut_once_is_taken_up_by_the_client(hub, sharded, tmp_path):
     assert sent(hub) == {f"/objects/{shard}": 1 for shard in shards}
 
 
+def test_a_large_file_goes_in_parts_of_which_a_cut_one_is_sent_again(hub, sharded, tmp_path):
+    model, shards = sharded
+    hub.part_bytes = 10_000
+    hub.faults = {f"PUT /objects/{shards[0]}/2": [{"cut": 1000}]}
+    with client(hub, tmp_path):
+        model.push_to_hub("user/merged", max_shard_size="40KB")
+    parts = [request for request in hub.requests if request.startswith(f"PUT /objects/{shards[0]}/")]
+    assert len(parts) > 4
+    assert [part.rpartition("/")[2] for part in parts[:4]] == ["1 200", "2 connection cut", "2 200", "3 200"]
+    assert {file["sha256"] for file in hub.files("user/merged").values() if file["large"]} == set(shards)
+
+
 @pytest.mark.parametrize(
     "faults",
     (
