@@ -1,11 +1,38 @@
 """Arithmetic on packed weights and on logits: tensors in, tensors out, PyTorch only."""
 
 from .divergence import IGNORED, DistillationLoss, TopK, distillation_loss, top_k
+from .eager import compute_dtype
+from .int8 import (
+    ERROR_FEEDBACK,
+    NEAREST,
+    STOCHASTIC,
+    accumulate_gradient,
+    blocks_of,
+    decode_blocks,
+    decode_weight,
+    encode_gradient,
+    encode_weight,
+    lion_step,
+    refresh_weight,
+)
 from .library import dequantize, linear, lora_linear
-from .rounding import round_scales, round_scales_straight_through
+from .rounding import random_key, round_scales, round_scales_straight_through
 
 
 __all__ = [
+    "ERROR_FEEDBACK",
+    "NEAREST",
+    "STOCHASTIC",
+    "accumulate_gradient",
+    "blocks_of",
+    "compute_dtype",
+    "decode_blocks",
+    "decode_weight",
+    "encode_gradient",
+    "encode_weight",
+    "lion_step",
+    "random_key",
+    "refresh_weight",
     "IGNORED",
     "DistillationLoss",
     "TopK",
