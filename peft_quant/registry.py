@@ -20,6 +20,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import PeftType, register_peft_method
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -65,6 +67,29 @@ def allow_hotswap(peft_type: PeftType, options: list[str]) -> None:
         options: options of its own in which two adapters must agree, beside those of LoRA.
     """
     CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], *options]
+
+
+def register_quantization(method: str, config_class: type[Any], quantizer_class: type[HfQuantizer]) -> None:
+    """Register a quantization with transformers. Registering the same one again changes nothing.
+
+    Args:
+        method: its `quant_method`.
+        config_class: of its quantization configs.
+        quantizer_class: what loads and saves its checkpoints.
+
+    Raises:
+        RuntimeError: the installed transformers has a quantization of that name itself.
+    """
+    registered = AUTO_QUANTIZER_MAPPING.get(method)
+    if registered is quantizer_class:
+        return
+    if registered is not None:
+        raise RuntimeError(
+            f"transformers has a quantization named {method} already ({registered.__module__}). Install a release of "
+            "peft_quant made for this version of transformers."
+        )
+    register_quantization_config(method)(config_class)
+    register_quantizer(method)(quantizer_class)
 
 
 CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]

@@ -1,8 +1,23 @@
 """QFT (Li et al., 2023, arXiv 2310.07147): every parameter tuned, with weights, gradients and momentum in int8."""
 
+from ..registry import register_quantization
+from .config import QUANT_METHOD, QFTConfig
 from .gradients import GradientStack
 from .lion import QuantizedLion
+from .memory import memory_report
+from .quantize import quantize_model
+from .quantizer import QFTQuantizer
 from .weight import Int8Weight
 
 
-__all__ = ["GradientStack", "Int8Weight", "QuantizedLion"]
+__all__ = [
+    "GradientStack",
+    "Int8Weight",
+    "QFTConfig",
+    "QFTQuantizer",
+    "QuantizedLion",
+    "memory_report",
+    "quantize_model",
+]
+
+register_quantization(QUANT_METHOD, QFTConfig, QFTQuantizer)
