@@ -17,12 +17,12 @@ from .gptq import (  # noqa: E402
     prepare_gptq_for_training,
     restore_gptq_forward,
 )
-from .qft import Int8Weight, QFTConfig, QuantizedLion, quantize_model  # noqa: E402
+from .proof import TrainingError  # noqa: E402
+from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model  # noqa: E402
 from .report import plot_layer_errors, write_model_card  # noqa: E402
 from .tuners.hotswap import hotswap_adapter  # noqa: E402
 from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights  # noqa: E402
 from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
-from .proof import TrainingError  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "TrainingError",
     "cache_teacher",
     "export_lora",
+    "export_qft",
     "hotswap_adapter",
     "initialize_lrec_weights",
     "merge_checkpoint",

@@ -20,6 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import PeftType, register_peft_method
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -159,6 +160,38 @@ def write_cards(tuner_class: type[BaseTuner], write: CardWriter) -> None:
     PeftModel.save_pretrained = save_pretrained
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files
+
+
+def write_cards_of_quantized(
+    quantizer_class: type[HfQuantizer], write: Callable[[PreTrainedModel, Path, list[str], str], None]
+) -> None:
+    """Let models of a quantizer push model cards of their own to the Hub. Registering again changes nothing.
+
+    transformers writes a card of its own in `push_to_hub`. Models of other quantizers do that as before.
+
+    Args:
+        quantizer_class: the quantizer.
+        write: `write(model, directory, earlier, repository)` writes a directory's card, given earlier cards of the
+            model and the Hub id it goes to. A `ValueError` becomes a warning.
+    """
+    if _PATCHED in vars(PreTrainedModel):
+        return
+    setattr(PreTrainedModel, _PATCHED, True)
+    stock_upload = PreTrainedModel._upload_modified_files
+
+    @wraps(stock_upload)
+    def _upload_modified_files(
+        self: PreTrainedModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(getattr(self, "hf_quantizer", None), quantizer_class):
+            directory = Path(working_dir)
+            try:
+                write(self, directory, _read(directory), repo_id)
+            except ValueError as error:
+                warnings.warn(f"The model card of {repo_id} was left as it is. {error}", stacklevel=3)
+        return stock_upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PreTrainedModel._upload_modified_files = _upload_modified_files
 
 
 def _card_writer(model: PeftModel) -> CardWriter | None:

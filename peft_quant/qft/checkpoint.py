@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,33 +40,35 @@ def check_checkpoint(files: Iterable[str | Path], expected: Mapping[str, tuple[i
 
     Args:
         files: its safetensors files.
-        expected: shape of each int8 weight that the model's policy asks for, by the name of its module; of tied weights,
-            one suffices.
+        expected: shape of each int8 weight that the model's policy asks for, by the name of its module; of tied
+            weights, one suffices.
 
     Raises:
-        InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of range,
-            or the layers in int8 are others.
+        InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of
+            range, or the layers in int8 are others.
     """
     shards = {name: file for file in map(Path, files) for name in read_header(file)[0]}
     found = {name.rpartition(".")[0] for name in shards if name.rpartition(".")[2] == "codes"}
     unasked = sorted(found - expected.keys())
     if unasked:
         raise InvalidCheckpointError(
-            f"The checkpoint has {len(unasked)} weights in int8, first {unasked[0]}, that the policy in its config.json "
-            "leaves in float: it was put together from two, or the quantization config was changed. Save it again."
+            f"The checkpoint has {len(unasked)} weights in int8, first {unasked[0]}, that the policy in its "
+            "config.json leaves in float: it was put together from two, or the quantization config was changed. Save "
+            "it again."
         )
     floats = sorted(name for name in expected.keys() - found if f"{name}.weight" in shards)
     if floats:
         raise InvalidCheckpointError(
-            f"The checkpoint has {len(floats)} weights in float, first {floats[0]}, that the policy in its config.json "
-            "puts in int8: it was put together from two, or the quantization config was changed. Save it again."
+            f"The checkpoint has {len(floats)} weights in float, first {floats[0]}, that the policy in its "
+            "config.json puts in int8: it was put together from two, or the quantization config was changed. Save it "
+            "again."
         )
     for name in sorted(found):
         _check_weight(name, shards, expected[name])
 
 
 def _check_weight(name: str, shards: Mapping[str, Path], shape: tuple[int, int]) -> None:
-    parts: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
     for part in PARTS:
         if f"{name}.{part}" in shards:
             with safe_open(shards[f"{name}.{part}"], framework="pt") as file:
@@ -78,8 +81,8 @@ def _check_weight(name: str, shards: Mapping[str, Path], shape: tuple[int, int])
         Int8Weight.from_parts(**parts)
     except ValueError as error:
         raise InvalidCheckpointError(
-            f"{name} is not a valid int8 weight: {error} The checkpoint is damaged or for another model; copy or save it "
-            "again."
+            f"{name} is not a valid int8 weight: {error} The checkpoint is damaged or for another model; copy or save "
+            "it again."
         ) from error
 
 

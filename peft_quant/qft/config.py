@@ -13,14 +13,15 @@ QUANT_METHOD = "qft"
 class QFTConfig(QuantizationConfigMixin):
     """Which weights of a model are int8, and how: the `quantization_config` of QFT.
 
-    Given to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float model
-    is never whole on the device; [`quantize_model`] takes it for a model in memory. In the `config.json` of an int8
-    checkpoint it says what the files hold.
+    Given to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
+    model is never whole on the device; [`quantize_model`] takes it for a model in memory. In the `config.json` of an
+    int8 checkpoint it says what the files hold.
 
     Args:
         outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
         embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
-        modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in float.
+        modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
+            float.
 
     Raises:
         ValueError: a ratio outside of 0 to 0.5.

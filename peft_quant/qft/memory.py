@@ -41,7 +41,11 @@ def memory_report(
     trained = [p for p in parameters if p.requires_grad]
     rows = [
         MemoryRow(
-            "weights", "int8, fp32 scales", _count(weights), sum(_size(w.codes) + _size(w.scales) for w in weights), True
+            "weights",
+            "int8, fp32 scales",
+            _count(weights),
+            sum(_size(w.codes) + _size(w.scales) for w in weights),
+            True,
         ),
         MemoryRow(
             "outliers",
@@ -54,7 +58,9 @@ def memory_report(
     for dtype in dict.fromkeys(p.dtype for p in floats):
         of_dtype = [p for p in floats if p.dtype == dtype]
         rows.append(
-            MemoryRow("float parameters", _NAMES.get(dtype, str(dtype)), _count(of_dtype), sum(map(_size, of_dtype)), True)
+            MemoryRow(
+                "float parameters", _NAMES.get(dtype, str(dtype)), _count(of_dtype), sum(map(_size, of_dtype)), True
+            )
         )
     if not fused:
         rows.append(_blocks("gradients", trained, 8))

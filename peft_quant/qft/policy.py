@@ -41,10 +41,18 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|wg|shared_expert_gate|router\.[^.]+)$"
 
 POLICY = (
     # a head that is tied to the embeddings is the same tensor
-    Rule("head", lambda layer: layer.head or bool(_HEAD.search(layer.name)), lambda config, layer: layer.tied and config.embeddings),
-    # a few rows that choose the experts
+    Rule(
+        "head",
+        lambda layer: layer.head or bool(_HEAD.search(layer.name)),
+        lambda config, layer: layer.tied and config.embeddings,
+    ),
+    # a few rows, which choose the experts
     Rule("router", lambda layer: bool(_ROUTER.search(layer.name)), lambda config, layer: False),
-    Rule("linear layer", lambda layer: isinstance(layer.module, (nn.Linear, Conv1D)) or is_packed(layer.module), lambda config, layer: True),
+    Rule(
+        "linear layer",
+        lambda layer: isinstance(layer.module, (nn.Linear, Conv1D)) or is_packed(layer.module),
+        lambda config, layer: True,
+    ),
     Rule("embedding", lambda layer: isinstance(layer.module, nn.Embedding), lambda config, layer: config.embeddings),
 )
 """Everything else (norms, biases, experts in one tensor) stays in float."""

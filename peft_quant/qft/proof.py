@@ -20,8 +20,8 @@ class FirstStep:
     Args:
         model: the model.
         learning_rates: of the trained parameters, by `id`.
-        stochastic: whether weights are rounded stochastically. Otherwise an update below half a step moves nothing, and
-            is not expected to.
+        stochastic: whether weights are rounded stochastically. Otherwise an update below half a step moves nothing,
+            and is not expected to.
     """
 
     def __init__(self, model: nn.Module, learning_rates: Mapping[int, float], stochastic: bool) -> None:
@@ -51,9 +51,9 @@ class FirstStep:
             if self.expected[kind] < _SURE or any(not torch.equal(sample(now), before) for now, before in tensors):
                 continue
             raise TrainingError(
-                f"After the first optimizer step none of the {len(tensors)} trained {kind} tensors has moved, where about "
-                f"{self.expected[kind]:.0f} of the values looked at should have. Check that gradients reach the weights "
-                "and are not zero."
+                f"After the first optimizer step none of the {len(tensors)} trained {kind} tensors has moved, where "
+                f"about {self.expected[kind]:.0f} of the values looked at should have. Check that gradients reach the "
+                "weights and are not zero."
             )
 
 

@@ -24,7 +24,8 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
     | from | to |
     |---|---|
     | a float layer (nn.Linear, Conv1D) | int8 by round-to-nearest, and the largest weights of each row as outliers |
-    | GPTQ, 8 bits, symmetric, whole groups, no act-order | the checkpoint's integers and scales as they are, no outliers |
+    | GPTQ, 8 bits, symmetric, whole groups, no act-order | the checkpoint's integers and scales as they are, no
+    outliers |
     | other GPTQ | decoded, then as a float layer |
 
     Norms, biases, routers, embeddings and the head stay as they are. `AutoModelForCausalLM.from_pretrained(...,
@@ -72,8 +73,8 @@ def _refuse_quantized(model: Any) -> None:
     method = getattr(getattr(model, "quantization_method", None), "value", getattr(model, "quantization_method", None))
     if method not in (None, "gptq"):
         raise ValueError(
-            f"{type(model).__name__} is quantized with {method}, whose weights QFT cannot read. Load the float model or a "
-            "GPTQ checkpoint."
+            f"{type(model).__name__} is quantized with {method}, whose weights QFT cannot read. Load the float model "
+            "or a GPTQ checkpoint."
         )
 
 
@@ -99,4 +100,3 @@ def _linear(layer: nn.Module, weight: Int8Weight, dtype: torch.dtype) -> nn.Line
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
-

@@ -88,8 +88,8 @@ class QFTQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # saving reverts what loading converted; int8 weights are taken apart by `get_state_dict_and_metadata`
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [each for each in conversions if not _is_ours(each)]
+        loaded: Any = model
+        loaded._weight_conversions = [each for each in loaded._weight_conversions or [] if not _is_ours(each)]
         return model
 
 
@@ -110,8 +110,8 @@ class _Assemble(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         parts = {_SOURCES[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
-        tensors = [parts.get(name) for name in PARTS]
-        return {full_layer_name: Int8Weight(*tensors, model.get_parameter(full_layer_name).dtype)}
+        tensors: Any = {name: parts.get(name) for name in PARTS}
+        return {full_layer_name: Int8Weight(**tensors, dtype=model.get_parameter(full_layer_name).dtype)}
 
 
 class _Encode(ConversionOps):

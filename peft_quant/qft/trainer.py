@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..gptq.checkpoint import replaced_files
 from ..report.card import QFT, README, update_card
 from ..report.memory import MemoryReport
 from .checkpoint import layout_difference
+from .export import LogitError, export_qft
 from .lion import QuantizedLion
 from .memory import memory_report
 from .proof import FirstStep
@@ -50,8 +51,8 @@ class QFTArguments(TrainingArguments):
 
     Args:
         fused (`bool`):
-            Update each weight within backward, as soon as its gradient exists, and keep no gradient. Without accumulation
-            and without `max_grad_norm`.
+            Update each weight within backward, as soon as its gradient exists, and keep no gradient. Without
+            accumulation and without `max_grad_norm`.
         state_bits (`int`): 8 for momentum in int8, 32 for fp32.
         rounding (`str`):
             How weights are rounded: "stochastic"; "nearest", which drops updates below half a step; "error_feedback",
@@ -65,9 +66,7 @@ class QFTArguments(TrainingArguments):
         ValueError: options that exclude each other, or fp16, whose loss scaling needs gradients in float.
     """
 
-    fused: bool = field(
-        default=False, metadata={"help": "Update each weight within backward and keep no gradients."}
-    )
+    fused: bool = field(default=False, metadata={"help": "Update each weight within backward and keep no gradients."})
     state_bits: int = field(default=8, metadata={"help": "8 for momentum in int8, 32 for fp32.", "choices": [8, 32]})
     rounding: str = field(
         default="stochastic",
@@ -102,8 +101,8 @@ class QFTArguments(TrainingArguments):
             raise ValueError("fp16 needs its loss scaled and float gradients to unscale: train with bf16=True.")
         if self.fused and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} needs the gradients that fused=True does "
-                "not keep: set fused=False, or a larger per_device_train_batch_size."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} needs the gradients that fused=True "
+                "does not keep: set fused=False, or a larger per_device_train_batch_size."
             )
         if self.fused and self.max_grad_norm:
             raise ValueError(
@@ -125,7 +124,7 @@ class QFTMixin:
     See [`QFTTrainer`].
     """
 
-    args: QFTArguments
+    args: Any  # QFTArguments
     memory_report: MemoryReport
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -133,8 +132,8 @@ class QFTMixin:
             given = kwargs.get(name)
             if given is not None and any(part is not None for part in given):
                 raise ValueError(
-                    f"`{name}` was given, but weights in int8 need QuantizedLion, which is made from the arguments: leave "
-                    "it out, and choose a scheduler by lr_scheduler_type."
+                    f"`{name}` was given, but weights in int8 need QuantizedLion, which is made from the arguments: "
+                    "leave it out, and choose a scheduler by lr_scheduler_type."
                 )
         super().__init__(*args, **kwargs)
         trainer: Any = self
@@ -223,13 +222,34 @@ class QFTMixin:
         except ValueError as error:
             warnings.warn(f"The model card in {self.args.output_dir} was left as it is. {error}", stacklevel=2)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _load_weights(self.model if model is None else model, resume_from_checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        _load_weights(model or trainer.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         trainer: Any = self
         logger.info("Loading the best model, %s", trainer.state.best_model_checkpoint)
         _load_weights(trainer.model, trainer.state.best_model_checkpoint)
+
+    def export(
+        self, output_dir: str | os.PathLike[str], format: Literal["bf16", "gptq"] = "bf16"
+    ) -> LogitError | None:
+        """Write the model as a checkpoint that needs no peft_quant, and log how far its logits are from the model's.
+
+        The logits are those of the first batch to evaluate on, or to train on where there is none.
+
+        Args and errors: as [`export_qft`].
+        """
+        trainer: Any = self
+        dataset = trainer.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        loader = trainer.get_train_dataloader() if dataset is None else trainer.get_eval_dataloader(dataset)
+        inputs = trainer._prepare_inputs(next(iter(loader)))
+        error = export_qft(trainer.model, output_dir, format, inputs=inputs, tokenizer=trainer.processing_class)
+        if error is not None:
+            trainer.log({f"{format}_logit_error_{name}": value for name, value in asdict(error).items()})
+        return error
 
     def _begin(self) -> None:
         """What is known and can go wrong before the first step."""
@@ -250,12 +270,15 @@ class QFTMixin:
             checkpointing=self.args.gradient_checkpointing,
         )
         logger.info("Trained in int8:\n%s", self.memory_report)
-        _warn_of_small_steps(trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1))
+        _warn_of_small_steps(
+            trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)
+        )
         if self.args.should_save and trainer.state.global_step == 0:
             self._try_to_save()
 
     def _try_to_save(self) -> None:
-        """Write a checkpoint of the first rows of every tensor, so that a run does not find out at its end that it cannot.
+        """Write a checkpoint of the first rows of every tensor, so that a run does not find out at its end that it
+        cannot.
 
         Raises:
             OSError: there is no room for a whole one.
@@ -268,8 +291,8 @@ class QFTMixin:
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"A checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Make room, choose another "
-                "output_dir, or set save_only_model=True, which saves no momentum",
+                f"A checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Make room, choose "
+                "another output_dir, or set save_only_model=True, which saves no momentum",
                 os.fspath(output),
             )
         quantizer = trainer.model.hf_quantizer
@@ -280,9 +303,11 @@ class QFTMixin:
                 if not self.args.save_only_model:
                     trainer._save_optimizer_and_scheduler(directory)
                     trainer._save_rng_state(directory)
-                trainer.state.save_to_json(os.path.join(directory, _STATE))
+                trainer.state.save_to_json(os.fspath(Path(directory, _STATE)))
         except Exception as error:
-            raise RuntimeError(f"Checkpoints of this run cannot be saved, tried before the first step: {error}") from error
+            raise RuntimeError(
+                f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
+            ) from error
         finally:
             quantizer.only_first_rows = False
 
@@ -291,14 +316,14 @@ class QFTTrainer(QFTMixin, Trainer):
     """Trains every parameter of a model whose weights, gradients and momentum are int8 (QFT, Li et al., 2023, arXiv
     2310.07147), with Lion.
 
-    Each gradient is quantized as soon as it exists, and is kept until the step in a byte a weight; with `fused`, the step
-    is taken right there. Accumulation, `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing,
-    evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint that
-    `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
+    Each gradient is quantized as soon as it exists, and is kept until the step in a byte a weight; with `fused`, the
+    step is taken right there. Accumulation, `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing,
+    evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
+    that `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
 
-    Before the first step, `memory_report` and the log say what takes how many bytes, and a checkpoint of a row of every
-    tensor is written and removed; after it, what is trained must have moved. A step whose gradients are not finite changes
-    nothing; `skipped_steps` in the logs counts them.
+    Before the first step, `memory_report` and the log say what takes how many bytes, and a checkpoint of a row of
+    every tensor is written and removed; after it, what is trained must have moved. A step whose gradients are not
+    finite changes nothing; `skipped_steps` in the logs counts them.
 
     Args:
         model: with int8 weights, from [`quantize_model`] or an int8 checkpoint.
@@ -355,7 +380,9 @@ def _check_arguments(trainer: Any) -> None:
     if not isinstance(args, QFTArguments):
         raise TypeError(f"`args` is a {type(args).__name__}: use QFTArguments, which says what is quantized.")
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # the defaults
-        raise ValueError(f"optim={args.optim.value!r} was asked for, but weights in int8 need QuantizedLion: leave it out.")
+        raise ValueError(
+            f"optim={str(args.optim)!r} was asked for, but weights in int8 need QuantizedLion: leave it out."
+        )
     if trainer.accelerator.mixed_precision == "fp16":
         raise ValueError("accelerate is set to fp16, which needs float gradients to unscale: use bf16.")
     if args.n_gpu > 1 or args.world_size > 1:
@@ -372,8 +399,8 @@ def _check_model(model: Any) -> None:
         )
     if not hasattr(model, "hf_quantizer"):
         raise ValueError(
-            f"{type(model).__name__} is not a model of transformers, which is what QFTTrainer saves and loads. Train it "
-            "with QuantizedLion in a loop of your own."
+            f"{type(model).__name__} is not a model of transformers, which is what QFTTrainer saves and loads. Train "
+            "it with QuantizedLion in a loop of your own."
         )
 
 
@@ -434,8 +461,8 @@ def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> 
             moved += share * weight.numel()
     if values and moved / values < _FEW:
         warnings.warn(
-            f"learning_rate={args.learning_rate:g} with rounding={args.rounding!r} moves {moved / values:.1e} of the int8 "
-            f"weights in an epoch of {steps:.0f} steps, so they hardly train. Raise the learning rate"
+            f"learning_rate={args.learning_rate:g} with rounding={args.rounding!r} moves {moved / values:.1e} of the "
+            f"int8 weights in an epoch of {steps:.0f} steps, so they hardly train. Raise the learning rate"
             + (", or use stochastic rounding." if args.rounding != "stochastic" else "."),
             stacklevel=3,
         )

@@ -95,10 +95,10 @@ def write_model_card(
 ) -> Path:
     """Write or refresh the model card (`README.md`) of an adapter, a merged checkpoint or a model trained in int8.
 
-    `save_pretrained` and `push_to_hub` of PEQA and LREC models, QFTTrainer's saves, `merge_checkpoint` and the exports do
-    so by themselves; this adds what only you know. Facts are kept for later saves, until the weights change. Your own text
-    around the generated part stays, and so does the metadata you changed; a card without a generated part keeps its
-    text and gets metadata only. What is not known is left out.
+    `save_pretrained` and `push_to_hub` of PEQA and LREC models, QFTTrainer's saves, `merge_checkpoint` and the exports
+    do so by themselves; this adds what only you know. Facts are kept for later saves, until the weights change. Your
+    own text around the generated part stays, and so does the metadata you changed; a card without a generated part
+    keeps its text and gets metadata only. What is not known is left out.
 
     Args:
         directory: of the adapter or of the checkpoint.

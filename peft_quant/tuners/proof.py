@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 
 from ..proof import TrainingError, require_unchanged, sample
 
+
 class _Snapshot:
     """State of a model right before a step: samples of the adapter tensors to move, versions of all frozen ones."""
 
@@ -43,9 +44,7 @@ class _Snapshot:
                     self.frozen[f"{name}.{buffer_name}"] = buffer, buffer._version
 
     def check(self) -> None:
-        require_unchanged(
-            self.frozen, "Give it only the parameters with `requires_grad`, after `get_peft_model`."
-        )
+        require_unchanged(self.frozen, "Give it only the parameters with `requires_grad`, after `get_peft_model`.")
         moved = [name for name, (tensor, before) in self.trained.items() if not torch.equal(sample(tensor), before)]
         if not moved:
             raise TrainingError(
