@@ -174,10 +174,11 @@ def write_cards_of_quantized(
         write: `write(model, directory, earlier, repository)` writes a directory's card, given earlier cards of the
             model and the Hub id it goes to. A `ValueError` becomes a warning.
     """
-    if _PATCHED in vars(PreTrainedModel):
+    model_class: Any = PreTrainedModel
+    if _PATCHED in vars(model_class):
         return
-    setattr(PreTrainedModel, _PATCHED, True)
-    stock_upload = PreTrainedModel._upload_modified_files
+    setattr(model_class, _PATCHED, True)
+    stock_upload = model_class._upload_modified_files
 
     @wraps(stock_upload)
     def _upload_modified_files(
@@ -191,7 +192,7 @@ def write_cards_of_quantized(
                 warnings.warn(f"The model card of {repo_id} was left as it is. {error}", stacklevel=3)
         return stock_upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PreTrainedModel._upload_modified_files = _upload_modified_files
+    model_class._upload_modified_files = _upload_modified_files
 
 
 def _card_writer(model: PeftModel) -> CardWriter | None:

@@ -381,7 +381,7 @@ def _check_arguments(trainer: Any) -> None:
         raise TypeError(f"`args` is a {type(args).__name__}: use QFTArguments, which says what is quantized.")
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # the defaults
         raise ValueError(
-            f"optim={str(args.optim)!r} was asked for, but weights in int8 need QuantizedLion: leave it out."
+            f"optim={OptimizerNames(args.optim).value!r} was asked for, but weights in int8 need QuantizedLion: leave it out."
         )
     if trainer.accelerator.mixed_precision == "fp16":
         raise ValueError("accelerate is set to fp16, which needs float gradients to unscale: use bf16.")
