@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import pytest
 import safetensors.torch
 import torch
+from datasets import Dataset
 from gptq_models import float_llama, tiny_tokenizer
 from qft_models import assert_equal, contents, int8_llama, trainer
 from quick_training import SETTINGS, logged, sequences
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import peft_quant
 from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTMixin, QFTTrainer, QuantizedLion, TrainingError
@@ -357,20 +359,19 @@ class TestRefusals:
             _check_arguments(run)
 
 
+@dataclass
+class SFTArguments(SFTConfig, QFTArguments):
+    pass
+
+
+class QFTSFTTrainer(QFTMixin, SFTTrainer):
+    pass
+
+
 def test_trls_trainer(tmp_path):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    @dataclass
-    class Config(SFTConfig, QFTArguments):
-        pass
-
-    class QFTSFTTrainer(QFTMixin, SFTTrainer):
-        pass
-
     texts = [" ".join(f"w{i}" for i in range(start, start + 16)) for start in range(0, 96, 6)]
     settings = {**SETTINGS, **CHECKPOINTS, "learning_rate": 1e-3}
-    arguments = Config(str(tmp_path / "out"), max_steps=12, **settings)
+    arguments = SFTArguments(str(tmp_path / "out"), max_steps=12, **settings)
     assert (arguments.gradient_checkpointing, arguments.bf16) == (True, True)  # TRL's defaults
     run = QFTSFTTrainer(
         int8_llama(),
