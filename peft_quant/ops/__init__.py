@@ -6,14 +6,18 @@ from .int8 import (
     ERROR_FEEDBACK,
     NEAREST,
     STOCHASTIC,
-    accumulate_gradient,
     blocks_of,
     decode_blocks,
+    encode_weight,
+    refresh_weight,
+)
+from .int8_library import (
+    accumulate_gradient,
     decode_weight,
     encode_gradient,
-    encode_weight,
+    int8_linear,
+    int8_linear_grad_x,
     lion_step,
-    refresh_weight,
 )
 from .library import dequantize, linear, lora_linear
 from .rounding import random_key, round_scales, round_scales_straight_through
@@ -38,6 +42,8 @@ __all__ = [
     "TopK",
     "dequantize",
     "distillation_loss",
+    "int8_linear",
+    "int8_linear_grad_x",
     "linear",
     "lora_linear",
     "round_scales",

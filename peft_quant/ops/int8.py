@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from .eager import compute_dtype
 from .rounding import dither, random_words, round_to_dtype
 
 
@@ -19,8 +20,10 @@ BLOCK = 256
 LARGEST = 127
 NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
 _RUN = 1 << 20  # elements, whole blocks
+# what the largest of a block becomes: so little below 127 that no noise rounds it to 128
+RANGE = LARGEST - 2.0**-13
 # below it, a block counts as zero: the inverse of its scale would overflow
-_SMALLEST = 2.0**-100
+SMALLEST = 2.0**-100
 _SCALE_OF_ZEROS = 2.0**-13
 _ROOM = 1.125  # that a new scale leaves for growth
 
@@ -50,10 +53,10 @@ def _words(elements: slice, key: int, device: torch.device) -> torch.Tensor:
 def _encode(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 `[blocks, BLOCK]` -> integers `[blocks, BLOCK]` (fp32), scales `[blocks, 1]`."""
     largest = x.abs().amax(1, keepdim=True)
-    is_zero = largest <= _SMALLEST
-    inverse = torch.where(is_zero, 0, largest.reciprocal() * LARGEST)
-    codes = (x * inverse).add_(noise).round_().clamp_(-LARGEST, LARGEST)
-    return codes, torch.where(is_zero, 0, largest * (1 / LARGEST))
+    is_zero = largest <= SMALLEST
+    inverse = torch.where(is_zero, 0, largest.reciprocal() * RANGE)
+    codes = (x * inverse).add_(noise).round_()
+    return codes, torch.where(is_zero, 0, largest * (1 / RANGE))
 
 
 def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,7 +104,7 @@ def encode_weight(
     """
     rest, columns, values = _without_outliers(weight.float(), outliers)
     scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
-    empty = scales <= _SMALLEST
+    empty = scales <= SMALLEST
     mean = scales.sum() / (~empty).sum().clamp(min=1)
     scales = torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales)
     return _codes(rest, scales, None), scales, columns, values
@@ -123,7 +126,7 @@ def refresh_weight(
         rest, *outliers = _without_outliers(weight, 0 if columns is None else columns.shape[1])
         largest = rest.view(*scales[rows].shape, -1).abs().amax(2)
         share = largest / scales[rows]
-        misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > _SMALLEST))
+        misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
         new_scales = torch.where(misfit, largest * (_ROOM / LARGEST), scales[rows])
         noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
         new = (_codes(rest, new_scales, noise.view_as(rest)), new_scales, *outliers)
@@ -165,6 +168,30 @@ def decode_weight(
     if columns is not None and values is not None:
         weight.scatter_add_(1, columns.long(), values)
     return weight.to(dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return F.linear(x.to(dtype), decode_weight(codes, scales, columns, values, dtype), bias).to(x.dtype)
+
+
+def int8_linear_grad_x(
+    dy: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor | None,
+) -> torch.Tensor:
+    dtype = compute_dtype(dy)
+    return (dy.to(dtype) @ decode_weight(codes, scales, columns, values, dtype)).to(dy.dtype)
 
 
 def lion_step(

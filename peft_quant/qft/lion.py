@@ -83,9 +83,7 @@ class QuantizedLion(torch.optim.Optimizer):
         self._norm: torch.Tensor | None = None
         self._updated: set[torch.Tensor] = set()
         self._numbers: dict[torch.Tensor, int] = {}
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed}
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

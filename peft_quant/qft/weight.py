@@ -218,44 +218,39 @@ _IMPLEMENTED: dict[Any, Callable[..., Any]] = {
 }
 
 
+# Dynamo would trace into the autograd Function, and before PyTorch 2.13 lose there what checkpointing recomputes
+@torch.compiler.allow_in_graph
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, Int8Weight):
-        raise TypeError(
-            "An int8 weight was passed to F.linear as the input or as the bias. Pass `dequantize()` of it."
-        )
+        raise TypeError("An int8 weight was passed to F.linear as input or bias: pass its `dequantize()`.")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """`y = x @ W^T + b`. Saves `x`, if the weight trains, and the weight's parts, which it decodes again in backward."""
+    """`y = x @ W^T + b`. Saves `x`, if the weight trains, and the weight's parts, which backward decodes again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        device = x.device.type
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-            bias = None if bias is None else bias.to(x.dtype)
-        ctx.dtype = ops.compute_dtype(x)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *weight._tensors())
-        with torch.autocast(device, enabled=False):
-            bias = None if bias is None else bias.to(ctx.dtype)
-            y = F.linear(x.to(ctx.dtype), ops.decode_weight(*weight._tensors(), ctx.dtype), bias)
-        return y.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return ops.int8_linear(x, *weight._tensors(), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = (dy.to(ctx.dtype) @ ops.decode_weight(*tensors, ctx.dtype)).to(x_dtype)
+                dx = ops.int8_linear_grad_x(dy, *tensors)
+            dy = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[1]:
-                tokens = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-                dw = (dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).t() @ tokens).to(weight_dtype)
+                dtype = ops.compute_dtype(dy)
+                dw = (dy.to(dtype).t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(ctx.dtypes[0])
             if ctx.needs_input_grad[2]:
-                db = dy.reshape(-1, dy.shape[-1]).sum(0).to(bias_dtype)
+                db = dy.sum(0).to(ctx.dtypes[1])
         return dx, dw, db
 
 
