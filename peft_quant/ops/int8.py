@@ -1,13 +1,14 @@
 """int8 weights, gradients and momentum in plain PyTorch: the path of every device without a kernel of its own.
 
 Gradients and momentum are flat runs of `BLOCK` elements with one fp32 scale each; weights have scales by row, or by
-groups of a row, and outliers. All is symmetric: `value = code * scale`, so that zero stays zero. The work is done a run
-of blocks at a time, in fp32. Shapes and meanings of the arguments are those of `library.py`'s table.
+groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero. Arguments are those of
+`int8_library.py`'s table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -54,7 +55,7 @@ def _encode(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """fp32 `[blocks, BLOCK]` -> integers `[blocks, BLOCK]` (fp32), scales `[blocks, 1]`."""
     largest = x.abs().amax(1, keepdim=True)
     is_zero = largest <= SMALLEST
-    inverse = torch.where(is_zero, 0, largest.reciprocal() * RANGE)
+    inverse = torch.where(is_zero, 0, largest.clamp(min=SMALLEST).reciprocal() * RANGE)
     codes = (x * inverse).add_(noise).round_()
     return codes, torch.where(is_zero, 0, largest * (1 / RANGE))
 
@@ -99,8 +100,8 @@ def encode_weight(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """A finite weight `[N, K]` -> codes, to nearest, and scales `[N, groups]`, columns and values `[N, outliers]`.
 
-    The outliers (None and None without any) are the largest magnitudes of each row; their codes are 0. A group of zeros
-    gets the mean scale of the others.
+    The outliers, if any, are the largest magnitudes of each row, and their codes are 0. A group of zeros gets the mean
+    scale of the others.
     """
     rest, columns, values = _without_outliers(weight.float(), outliers)
     scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
@@ -121,18 +122,18 @@ def refresh_weight(
     step = max(1, _RUN // width)
     for start in range(0, len(codes), step):
         rows = slice(start, start + step)
-        parts = [None if part is None else part[rows] for part in (codes, scales, columns, values)]
-        weight = decode_weight(*parts, torch.float32)  # type: ignore[arg-type]
+        parts: Any = [None if part is None else part[rows] for part in (codes, scales, columns, values)]
+        weight = decode_weight(*(*parts, torch.float32))
         rest, *outliers = _without_outliers(weight, 0 if columns is None else columns.shape[1])
-        largest = rest.view(*scales[rows].shape, -1).abs().amax(2)
-        share = largest / scales[rows]
+        before = parts[1]
+        largest = rest.view(*before.shape, -1).abs().amax(2)
+        share = largest / before
         misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
-        new_scales = torch.where(misfit, largest * (_ROOM / LARGEST), scales[rows])
+        after = torch.where(misfit, largest * (_ROOM / LARGEST), before)
         noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
-        new = (_codes(rest, new_scales, noise.view_as(rest)), new_scales, *outliers)
-        for part, tensor in zip(parts, new):
+        for part, new in zip(parts, (_codes(rest, after, noise.view_as(rest)), after, *outliers)):
             if part is not None:
-                part.copy_(tensor)
+                part.copy_(new)
 
 
 def _without_outliers(
@@ -216,8 +217,8 @@ def lion_step(
     skipped += ~finite
     factor = torch.where(norm > max_norm, (norm + 1e-6).reciprocal() * max_norm, 1)
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
-    flat = [None if t is None else t.view(-1) for t in (weight, weight_scales, momentum, residual)]
-    weight, scales, momentum, residual = flat  # type: ignore[assignment]
+    flat: Any = [None if t is None else t.view(-1) for t in (weight, weight_scales, momentum, residual)]
+    weight, scales, momentum, rest = flat
     gradient = gradient.reshape(-1)
     keep = 1 - lr * weight_decay
 
@@ -240,12 +241,12 @@ def lion_step(
             group = torch.arange(run.start, run.stop, device=w.device).div_(group_size, rounding_mode="floor")
             exact = w.float() * keep - (scales.reciprocal() * lr)[group] * sign
             if rounding == ERROR_FEEDBACK:
-                exact += residual[run].float() * 2.0**-8
+                exact += rest[run].float() * 2.0**-8
             noise = dither(words, 0).view(-1)[:count] if rounding == STOCHASTIC else 0
             new = (exact + noise).round_().clamp_(-128, LARGEST)
             if rounding == ERROR_FEEDBACK:
-                rest = ((exact - new) * 2.0**8).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-                residual[run] = torch.where(finite, rest, residual[run])
+                left = ((exact - new) * 2.0**8).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+                rest[run] = torch.where(finite, left, rest[run])
         weight[run] = torch.where(finite, new.to(w.dtype), w)
         if momentum_scales is None:
             momentum[run] = torch.where(finite, m.view(-1)[:count], momentum[run])

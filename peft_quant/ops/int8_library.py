@@ -33,8 +33,8 @@ _SCHEMAS = {
     "int8_linear_grad_x": f"(Tensor dy, {_WEIGHT}) -> Tensor",
     "lion_step": (
         "(Tensor(a!) weight, Tensor? weight_scales, Tensor gradient, Tensor? gradient_scales, Tensor(b!) momentum, "
-        "Tensor(c!)? momentum_scales, Tensor(d!)? residual, Tensor norm, Tensor(e!) skipped, float max_norm, float lr, "
-        "float beta1, float beta2, float weight_decay, int rounding, int key) -> ()"
+        "Tensor(c!)? momentum_scales, Tensor(d!)? residual, Tensor norm, Tensor(e!) skipped, float max_norm, "
+        "float lr, float beta1, float beta2, float weight_decay, int rounding, int key) -> ()"
     ),
 }
 
@@ -98,7 +98,7 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
-    """Add a floating point tensor to an encoded one, in place and stochastically; the sums of squares `[B]` of both."""
+    """Add a floating point tensor to an encoded one, in place and stochastically; sums of squares `[B]` of the sum."""
     return torch.ops.peft_quant.accumulate_gradient(codes, scales, x, key)
 
 

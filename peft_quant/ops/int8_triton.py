@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from . import int8
 from .rounding import key_words
@@ -45,10 +45,7 @@ def _words(index, low, high):
 @triton.jit
 def _dither(words, HALF: tl.constexpr):
     """fp32 in (-1/2, 1/2): 16 bits and a half as the mantissa of a number in (1, 2)."""
-    if HALF == 0:
-        mantissa = words << 7
-    else:
-        mantissa = words >> 9
+    mantissa = words << 7 if HALF == 0 else words >> 9
     return ((mantissa & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.5
 
 
@@ -76,7 +73,7 @@ def _encode(x, noise):
     """fp32 `[BLOCKS, 256]` -> integers `[BLOCKS, 256]` in the lowest byte, scales `[BLOCKS]`."""
     largest = tl.max(tl.abs(x), axis=1)
     is_zero = largest <= _SMALLEST
-    inverse = tl.where(is_zero, 0.0, tl.div_rn(1.0, largest) * _RANGE)
+    inverse = tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.maximum(largest, _SMALLEST)) * _RANGE)
     return _round(x * inverse[:, None] + noise), tl.where(is_zero, 0.0, largest * _STEP)
 
 

@@ -1,6 +1,6 @@
 """Rounding: of trained scales to what a checkpoint can store, and of trained integers without bias.
 
-Stochastic rounding is nearest rounding of `x + d` with `d` uniform in (-1/2, 1/2), here one of 2**16 values centered on
+Stochastic rounding is nearest rounding of `x + d` with `d` uniform in (-1/2, 1/2), here one of 2**16 values around
 zero: on average it gives `x`, up to 2**-17, and integers stay as they are. The randomness is a hash of an element's
 index and a key, so that it depends on nothing else, is the same on every device and path, and needs no state.
 """
@@ -34,7 +34,7 @@ def key_words(key: int) -> tuple[int, int]:
 
 
 def random_words(start: int, stop: int, key: int, device: torch.device) -> torch.Tensor:
-    """Random int32 words of the elements `start` to `stop`: lowbias32, each half of the key before a multiplication."""
+    """Random int32 words of the elements `start` to `stop`: lowbias32, with half of the key before each product."""
     low, high = key_words(key)
     x = torch.arange(start, stop, device=device).to(torch.int32)
     x.bitwise_xor_(low)

@@ -11,7 +11,7 @@ import torch
 from .. import ops
 
 
-_STREAM = 1  # of the random keys; the update's is 0, refreshing's 2
+_STREAM = 1  # of the random keys; see `lion.py` for the others
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class QuantizedGradient:
 
 
 class GradientStack:
-    """Takes every gradient over from autograd as soon as it exists, in int8 or to a function, so that one is alive.
+    """Takes every gradient over from autograd as soon as it exists, so that only one is alive in floating point.
 
     A gradient of a parameter that is on the stack already is added to it, without bias (stochastic rounding).
     Gradients leave last in, first out.
@@ -42,6 +42,9 @@ class GradientStack:
     Args:
         seed: of the rounding.
         fused: called with a parameter and its dense gradient instead; the stack then stays empty.
+
+    Attributes:
+        pushes: how many gradients there were; with the seed, the rounding of the next one.
     """
 
     def __init__(self, seed: int = 0, fused: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
@@ -52,10 +55,16 @@ class GradientStack:
         self._hooks: dict[torch.Tensor, Any] = {}
 
     def attach(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Take over the gradients of parameters from now on, in place of their `.grad`. Attaching twice is once."""
+        """Take over the gradients of parameters from now on, in place of their `.grad`.
+
+        Attaching twice is once, and needed after `Module.to`.
+        """
         for parameter in parameters:
-            if parameter not in self._hooks and parameter.requires_grad:
-                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
+            if parameter.requires_grad:
+                if parameter not in self._hooks:
+                    self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
+                # Module.to swaps a parameter's tensor for one that knows of no hooks
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
     def detach(self) -> None:
         """Leave gradients to autograd again, and forget those on the stack."""

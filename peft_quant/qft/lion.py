@@ -9,15 +9,14 @@ from typing import Any, Literal
 import torch
 
 from .. import ops
-from .gradients import GradientStack, QuantizedGradient
+from .gradients import GradientStack
 from .weight import Int8Weight
 
 
 Rounding = Literal["stochastic", "nearest", "error_feedback"]
 
 _ROUNDINGS = {"nearest": ops.NEAREST, "stochastic": ops.STOCHASTIC, "error_feedback": ops.ERROR_FEEDBACK}
-_UPDATE_STREAM, _REFRESH_STREAM = 0, 2
-_STATES = ("momentum", "momentum_scales", "residual", "skipped")
+_UPDATE_STREAM, _REFRESH_STREAM = 0, 2  # of the random keys
 
 
 class QuantizedLion(torch.optim.Optimizer):
@@ -39,8 +38,8 @@ class QuantizedLion(torch.optim.Optimizer):
         fused: update each parameter while backward runs, as soon as its gradient exists, and store no gradient.
             One backward a step, and no clipping by the norm of all gradients.
         max_parameter_norm: if fused, clip the gradient of each parameter to this norm.
-        refresh_steps: choose outliers and scales of int8 weights anew after so many steps (`Int8Weight.refresh`); with 0,
-            never, and weights cannot grow beyond the largest of their row.
+        refresh_steps: choose outliers and scales of int8 weights anew after so many steps (`Int8Weight.refresh`). With
+            0, never, and no weight can grow beyond the largest of its row, outliers aside.
         seed: of the stochastic rounding.
 
     Raises:
@@ -71,8 +70,13 @@ class QuantizedLion(torch.optim.Optimizer):
             raise ValueError(f"rounding is one of {', '.join(_ROUNDINGS)}, found {rounding!r}.")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits is 8 or 32, found {state_bits}.")
-        if max_parameter_norm is not None and not fused:
-            raise ValueError("max_parameter_norm is for fused=True. Otherwise call clip_grad_norm_ before each step.")
+        if max_parameter_norm is not None and not (fused and max_parameter_norm > 0):
+            raise ValueError(
+                f"max_parameter_norm is above 0 and for fused=True, found {max_parameter_norm} with fused={fused}. "
+                "Otherwise call clip_grad_norm_ before each step."
+            )
+        if not (isinstance(refresh_steps, int) and refresh_steps >= 0):
+            raise ValueError(f"refresh_steps is a number of steps, or 0 for never, found {refresh_steps!r}.")
         self.rounding = rounding
         self.state_bits = state_bits
         self.fused = fused
@@ -82,20 +86,22 @@ class QuantizedLion(torch.optim.Optimizer):
         self._max_norm = math.inf
         self._norm: torch.Tensor | None = None
         self._updated: set[torch.Tensor] = set()
-        self._numbers: dict[torch.Tensor, int] = {}
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed})
+        self._places: dict[torch.Tensor, tuple[int, int]] = {}  # group and number
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed}
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for parameter in group["params"]:
+        parameters = self.param_groups[-1]["params"]
+        for parameter in parameters:
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not parameter.is_contiguous():
                 raise ValueError(
                     f"Parameters are contiguous and in fp32, bf16 or fp16, found {parameter.dtype} of the shape "
                     f"{tuple(parameter.shape)}."
                 )
-            self._numbers[parameter] = len(self._numbers)
-        self.gradients.attach(group["params"])
+            self._places[parameter] = len(self.param_groups) - 1, len(self._places)
+        self.gradients.attach(parameters)
 
     @property
     def skipped_steps(self) -> int:
@@ -132,11 +138,10 @@ class QuantizedLion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         norm = self._norm if self._norm is not None else self.gradients.norm()
         while self.gradients:
             parameter, gradient = self.gradients.pop()
-            self._update(parameter, gradient, groups[parameter], norm, self._max_norm)
+            self._update(parameter, gradient.codes, gradient.scales, norm, self._max_norm)
         for group in self.param_groups:
             group["steps"] += 1
             group["pushes"] = self.gradients.pushes
@@ -147,48 +152,53 @@ class QuantizedLion(torch.optim.Optimizer):
     def _fused_update(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         if parameter in self._updated:
             raise RuntimeError(
-                "A parameter got a second gradient before `step`: with fused=True the first one has been applied and is "
-                "gone. Use gradient_accumulation_steps=1 and non-reentrant checkpointing, or fused=False."
+                "A parameter got a second gradient before `step`: with fused=True the first one has been applied and "
+                "is gone. Use gradient_accumulation_steps=1 and non-reentrant checkpointing, or fused=False."
             )
         self._updated.add(parameter)
-        group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self._update(parameter, gradient, group, norm, self.max_parameter_norm or math.inf)
+        self._update(parameter, gradient, None, norm, self.max_parameter_norm or math.inf)
 
     def _update(
         self,
         parameter: torch.Tensor,
-        gradient: torch.Tensor | QuantizedGradient,
-        group: dict[str, Any],
+        gradient: torch.Tensor,
+        gradient_scales: torch.Tensor | None,
         norm: torch.Tensor,
         max_norm: float,
     ) -> None:
         state = self._state(parameter)
-        number, steps, seed = self._numbers[parameter], group["steps"], group["seed"]
-        quantized = isinstance(gradient, QuantizedGradient)
-        is_int8 = isinstance(parameter, Int8Weight)
+        place, number = self._places[parameter]
+        group = self.param_groups[place]
+        int8 = parameter if isinstance(parameter, Int8Weight) else None
+        weight, scales = (int8.codes, int8.scales) if int8 is not None else (parameter.detach(), None)
+        norm = norm.to(parameter.device)
         ops.lion_step(
-            parameter.codes if is_int8 else parameter.data,
-            parameter.scales if is_int8 else None,
-            gradient.codes if quantized else gradient,
-            gradient.scales if quantized else None,
+            weight,
+            scales,
+            gradient,
+            gradient_scales,
             state["momentum"],
             state.get("momentum_scales"),
             state.get("residual"),
-            norm.to(parameter.device),
+            norm,
             state["skipped"],
             max_norm,
             group["lr"],
-            *group["betas"],
+            group["betas"][0],
+            group["betas"][1],
             group["weight_decay"],
             _ROUNDINGS[self.rounding],
-            ops.random_key(seed, _UPDATE_STREAM, number, steps),
+            ops.random_key(group["seed"], _UPDATE_STREAM, number, group["steps"]),
         )
-        if is_int8 and parameter.outlier_values is not None and group["weight_decay"]:
+        torch.autograd.graph.increment_version([parameter, weight])
+        if int8 is None:
+            return
+        if int8.outlier_values is not None and group["weight_decay"]:
             decay = 1 - group["lr"] * group["weight_decay"]
-            parameter.outlier_values.mul_(torch.where(norm.to(parameter.device).isfinite(), decay, 1))
-        if is_int8 and self.refresh_steps and (steps + 1) % self.refresh_steps == 0:
-            parameter.refresh(ops.random_key(seed, _REFRESH_STREAM, number, steps))
+            int8.outlier_values.mul_(torch.where(norm.isfinite(), decay, 1))
+        if self.refresh_steps and (group["steps"] + 1) % self.refresh_steps == 0 and norm.isfinite():
+            int8.refresh(ops.random_key(group["seed"], _REFRESH_STREAM, number, group["steps"]))
 
     def _state(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]

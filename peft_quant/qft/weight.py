@@ -28,7 +28,7 @@ class Int8Weight(torch.Tensor):
     Attributes:
         codes: int8 `[N, K]`.
         scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; above zero.
-        outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending and distinct in each row; None without outliers.
+        outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending in each row; None without outliers.
         outlier_values: fp32 `[N, R]`, or None.
     """
 
@@ -126,23 +126,24 @@ class Int8Weight(torch.Tensor):
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         return self.codes, self.scales, self.outlier_columns, self.outlier_values
 
-    def _write(self, *tensors: torch.Tensor | None) -> None:
-        for own, new in zip(self._tensors(), tensors):
-            if own is not None:
+    def _write(self, codes: torch.Tensor, scales: torch.Tensor, *outliers: torch.Tensor | None) -> None:
+        for own, new in zip(self._tensors(), (codes, scales, *outliers)):
+            if own is not None and new is not None:
                 own.copy_(new)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> Int8Weight:
-        tensors = (None if part is None else function(part) for part in self._tensors())
-        return Int8Weight(*tensors, dtype or self.dtype)
+        tensors: Any = (None if part is None else function(part) for part in self._tensors())
+        return Int8Weight(*(*tensors, dtype or self.dtype))
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return list(self.parts), self.dtype
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, torch.Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Int8Weight:
-        return Int8Weight(*(parts.get(name) for name in _PARTS), dtype)
+        tensors: Any = (parts.get(name) for name in _PARTS)
+        return Int8Weight(*(*tensors, dtype))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         outliers = 0 if self.outlier_columns is None else self.outlier_columns.shape[1]
         return (
             f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
@@ -158,7 +159,7 @@ class Int8Weight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _IMPLEMENTED:
             return _IMPLEMENTED[func](func, *args, **kwargs)
@@ -174,9 +175,9 @@ class Int8Weight(torch.Tensor):
         return result
 
 
-def _copy(func: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> torch.Tensor:
     if not isinstance(target, Int8Weight):
-        return target.copy_(source.dequantize(), non_blocking)  # type: ignore[operator]
+        return func(target, source.dequantize(), non_blocking)
     if isinstance(source, Int8Weight) and _layout(source) == _layout(target):
         target._write(*source._tensors())
         return target
