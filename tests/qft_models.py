@@ -11,8 +11,12 @@ from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTTrainer, quantize
 
 
 def int8_llama(config: QFTConfig | None = None, dtype: torch.dtype = torch.bfloat16, **options) -> nn.Module:
-    """[`float_llama`] in int8."""
-    return quantize_model(float_llama(**options).to(dtype), config)
+    """[`float_llama`] in int8; the frequencies of its positions stay fp32, as in a model that is loaded."""
+    model = float_llama(**options)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = None
+    model.to(dtype).model.rotary_emb = rotary
+    return quantize_model(model, config)
 
 
 def trainer(directory, model=None, trainer_class=QFTTrainer, trainer_options=None, **settings):

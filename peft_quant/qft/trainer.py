@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -215,8 +216,13 @@ class QFTMixin:
 
     def _write_card(self, directory: Path, earlier: list[str]) -> None:
         trainer: Any = self
-        names = ("rounding", "fused", "state_bits", "refresh_steps", "learning_rate", "weight_decay", "max_grad_norm")
-        facts = {"method": QFT, "settings": {name: getattr(self.args, name) for name in names}}
+        names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm", "max_parameter_norm")
+        settings = {
+            **extract_hyperparameters_from_trainer(trainer),
+            "optimizer": f"QuantizedLion, betas {self.args.lion_beta1}, {self.args.lion_beta2}",
+            **{name: getattr(self.args, name) for name in names},
+        }
+        facts = {"method": QFT, "settings": settings}
         try:
             update_card(directory, earlier, [trainer.model.config._name_or_path], trainer.hub_model_id, facts)
         except ValueError as error:
@@ -257,10 +263,7 @@ class QFTMixin:
         lion = self._optimizer()
         lion.gradients.detach()  # with what an interrupted step left
         for group in lion.param_groups:
-            for parameter in group["params"]:
-                # Module.to swaps a parameter's tensor for one that knows of no hooks
-                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
-            lion.gradients.attach(group["params"])
+            lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
         self.memory_report = memory_report(
             trainer.model,
             fused=self.args.fused,
