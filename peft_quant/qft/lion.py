@@ -16,7 +16,7 @@ from .weight import Int8Weight
 Rounding = Literal["stochastic", "nearest", "error_feedback"]
 
 _ROUNDINGS = {"nearest": ops.NEAREST, "stochastic": ops.STOCHASTIC, "error_feedback": ops.ERROR_FEEDBACK}
-_UPDATE_STREAM, _REFRESH_STREAM = 0, 2  # of the random keys
+_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # of the random keys
 
 
 class QuantizedLion(torch.optim.Optimizer):
@@ -209,7 +209,9 @@ class QuantizedLion(torch.optim.Optimizer):
             if self.state_bits == 8:
                 state["momentum_scales"] = torch.zeros(ops.blocks_of(parameter.numel()), device=device)
             if self.rounding == "error_feedback" and isinstance(parameter, Int8Weight):
-                state["residual"] = torch.zeros(parameter.shape, dtype=torch.int8, device=device)
+                place, number = self._places[parameter]
+                key = ops.random_key(self.param_groups[place]["seed"], _RESIDUAL_STREAM, number)
+                state["residual"] = ops.random_residual(parameter.codes, key)
             state["skipped"] = torch.zeros((), dtype=torch.int32, device=device)
         return state
 
