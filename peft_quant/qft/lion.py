@@ -87,9 +87,7 @@ class QuantizedLion(torch.optim.Optimizer):
         self._norm: torch.Tensor | None = None
         self._updated: set[torch.Tensor] = set()
         self._places: dict[torch.Tensor, tuple[int, int]] = {}  # group and number
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed}
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -144,7 +142,7 @@ class QuantizedLion(torch.optim.Optimizer):
             self._update(parameter, gradient.codes, gradient.scales, norm, self._max_norm)
         for group in self.param_groups:
             group["steps"] += 1
-            group["pushes"] = self.gradients.pushes
+        self.gradients.steps += 1
         self._max_norm, self._norm = math.inf, None
         self._updated.clear()
         return loss
@@ -237,5 +235,5 @@ class QuantizedLion(torch.optim.Optimizer):
                 )
             self.state[parameter] = {name: t.to(parameter.device, copy=True) for name, t in loaded.items()}
         self.gradients.clear()
-        self.gradients.pushes = self.param_groups[0]["pushes"]
+        self.gradients.steps = self.param_groups[0]["steps"]
         self._updated.clear()

@@ -136,7 +136,7 @@ class TestWeight:
     def test_decodes_within_half_a_step(self, outliers, groups):
         weight = random(7, 128)
         parts = ops.encode_weight(weight, outliers, groups)
-        codes, scales, columns, values = parts
+        _, scales, columns, values = parts
         decoded = ops.decode_weight(*parts, torch.float32)
         assert torch.equal(decoded, reference.int8_decode(*parts))
         bound = scales.repeat_interleave(128 // groups, dim=1) * (0.5 + 1e-4)
@@ -209,7 +209,7 @@ class TestRefresh:
     def test_chooses_outliers_anew(self):
         weight = random(3, 200)
         parts = ops.encode_weight(weight, 2)
-        codes, scales, columns, values = parts
+        _, scales, columns, values = parts
         values.mul_(0.01)  # no longer the largest
         dense = ops.decode_weight(*parts, torch.float32)
         ops.refresh_weight(*parts, 1)

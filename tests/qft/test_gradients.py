@@ -116,10 +116,10 @@ def test_one_gradient_that_is_not_finite_shows_in_the_norm(model, value):
     assert not stack.norm().isfinite()
 
 
-def test_the_seed_and_the_number_of_pushes_decide(model):
-    def codes(seed, pushes):
+def test_the_seed_and_the_step_decide(model):
+    def codes(seed, steps):
         stack = attached(model, seed=seed)
-        stack.pushes = pushes
+        stack.steps = steps
         backward(model)
         found = []
         while stack:
@@ -132,11 +132,25 @@ def test_the_seed_and_the_number_of_pushes_decide(model):
     assert not torch.equal(codes(0, 0), codes(0, 5))
 
 
+def test_rounding_does_not_hang_on_the_order(model):
+    gradients = dense_gradients(model, 0)
+    found = []
+    for order in (list(gradients), list(gradients)[::-1]):
+        stack = attached(model)
+        for parameter in order:
+            stack.push(parameter, gradients[parameter])
+            stack.push(parameter, gradients[parameter])
+        entries = dict(stack.pop() for _ in order)
+        found.append([entries[parameter].codes for parameter in gradients])
+        stack.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_attaching_twice_is_once_and_detaching_gives_gradients_back(model):
     stack = attached(model)
     stack.attach(model.parameters())
     backward(model)
-    assert stack.pushes == 5
+    assert len(stack) == 5
     stack.detach()
     assert not stack
     backward(model)
@@ -148,7 +162,7 @@ def test_attaching_again_after_moving_the_model(model):
     model.double().float()
     stack.attach(model.parameters())
     backward(model)
-    assert stack.pushes == 5
+    assert len(stack) == 5
     stack.detach()
     backward(model)
     assert all(parameter.grad is not None for parameter in model.parameters())

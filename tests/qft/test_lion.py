@@ -1,4 +1,4 @@
-"""QuantizedLion: steps against fp32 Lion, clipping, fusion, states that are saved, and gradients that are not finite."""
+"""QuantizedLion: steps against fp32 Lion, clipping, fusion, saved states, and gradients that are not finite."""
 
 import copy
 import io
@@ -391,7 +391,7 @@ def test_options_that_cannot_be(options, message):
 
 
 def test_parameters_that_cannot_be():
-    with pytest.raises(ValueError, match="fp32, bf16 or fp16, found torch.float64"):
+    with pytest.raises(ValueError, match=r"fp32, bf16 or fp16, found torch\.float64"):
         QuantizedLion([nn.Parameter(torch.ones(2, 2).double())])
     with pytest.raises(ValueError, match="contiguous"):
         QuantizedLion([nn.Parameter(torch.ones(2, 3).t())])

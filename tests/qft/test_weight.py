@@ -7,7 +7,7 @@ import pytest
 import torch
 from gptq_models import kept_for_backward
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from peft_quant import ops
 from peft_quant.qft import Int8Weight
