@@ -2,9 +2,14 @@
 
 import copy
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from gptq_models import kept_for_backward
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -235,6 +240,42 @@ class TestMachinery:
         layer.load_state_dict({"weight": dense(seed=3), "bias": torch.zeros(48)})
         assert same(layer.weight, weight(seed=3))
 
+    def test_distributed_checkpoints(self, tmp_path):
+        layer, other = nn.Linear(70, 48), nn.Linear(70, 48)
+        layer.weight, other.weight = weight(), weight(seed=1)
+        torch.distributed.checkpoint.save(layer.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+        state = other.state_dict()
+        torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+        assert same(state["weight"], layer.weight)
+        assert same(other.weight, layer.weight)
+
+    def test_rows_stay_int8(self):
+        w = weight().detach()
+        d = w.dequantize()
+        for pieces, expected in ((w.split(20), d.split(20)), (w.chunk(3), d.chunk(3)), ((w[5:9],), (d[5:9],))):
+            for piece, dense_piece in zip(pieces, expected, strict=True):
+                assert isinstance(piece, Int8Weight) and torch.equal(piece.dequantize(), dense_piece)
+        pieces[0].copy_(torch.zeros(4, 70))
+        assert not w.dequantize()[5:9].any()
+        assert torch.equal(w[:, 3:5], w.dequantize()[:, 3:5])
+        assert torch.equal(w.split(20, 1)[1], w.dequantize().split(20, 1)[1])
+        zeros = w.new_zeros(10, 70)
+        assert isinstance(zeros, Int8Weight) and not zeros.dequantize().any()
+        assert type(w.new_zeros(10, 7)) is type(w.new_zeros(10, 70, dtype=torch.float64)) is torch.Tensor
+
+    def test_a_flat_view_is_of_the_same_weight(self):
+        w = weight().detach()
+        flat = w.view(-1)
+        assert flat.shape == (48 * 70,) and flat.codes.data_ptr() == w.codes.data_ptr()
+        assert torch.equal(flat.dequantize(), w.dequantize().view(-1))
+        assert torch.equal(flat[70:90], w.dequantize().view(-1)[70:90])
+        assert same(flat.view(48, 70), w)
+        assert torch.equal(flat.reshape(24, 140), w.dequantize().reshape(24, 140))
+        flat.copy_(dense(seed=2).view(-1))
+        assert same(w, weight(seed=2))
+        with pytest.raises(TypeError, match="as its weight"):
+            F.linear(torch.ones(3, 48 * 70), flat)
+
     def test_operations_run_on_the_decoded_weight(self):
         w = weight().detach()
         d = w.dequantize()
@@ -253,3 +294,12 @@ class TestMachinery:
         torch.testing.assert_close(w.dequantize(), expected / 2)
         nn.init.zeros_(w)
         assert not w.dequantize().any()
+
+
+def test_fsdp2_shards_int8(tmp_path):
+    script = Path(__file__).parent / "sharded_forward.py"
+    commands = [[sys.executable, script, str(rank), "2", tmp_path / "store"] for rank in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert not any(process.returncode for process in processes), outputs[0][1].decode()
+    assert json.loads(outputs[0][0]) == {"output": True, "gradients": True, "int8": [[24, 70], [15, 48]]}
