@@ -9,6 +9,7 @@ from .int8 import (
     blocks_of,
     decode_blocks,
     encode_weight,
+    random_residual,
     refresh_weight,
 )
 from .int8_library import (
@@ -36,6 +37,7 @@ __all__ = [
     "encode_weight",
     "lion_step",
     "random_key",
+    "random_residual",
     "refresh_weight",
     "IGNORED",
     "DistillationLoss",

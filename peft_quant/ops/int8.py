@@ -1,8 +1,8 @@
 """int8 weights, gradients and momentum in plain PyTorch: the path of every device without a kernel of its own.
 
 Gradients and momentum are flat runs of `BLOCK` elements with one fp32 scale each; weights have scales by row, or by
-groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero. Arguments are those of
-`int8_library.py`'s table.
+groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero. Arguments as in
+`int8_library.py`.
 """
 
 from __future__ import annotations
@@ -195,6 +195,15 @@ def int8_linear_grad_x(
     return (dy.to(dtype) @ decode_weight(codes, scales, columns, values, dtype)).to(dy.dtype)
 
 
+def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
+    """Residuals for error feedback to begin with, uniform, so that codes are as ready to move as later on."""
+    residual = torch.empty_like(codes)
+    for run, _ in _runs(codes.numel()):
+        words = random_words(run.start, run.stop, key, codes.device)
+        residual.view(-1)[run] = (words >> 24).clamp_(min=-LARGEST).to(torch.int8)
+    return residual
+
+
 def lion_step(
     weight: torch.Tensor,
     weight_scales: torch.Tensor | None,
@@ -240,12 +249,12 @@ def lion_step(
         else:
             group = torch.arange(run.start, run.stop, device=w.device).div_(group_size, rounding_mode="floor")
             exact = w.float() * keep - (scales.reciprocal() * lr)[group] * sign
+            noise = dither(words, 0).view(-1)[:count]
             if rounding == ERROR_FEEDBACK:
                 exact += rest[run].float() * 2.0**-8
-            noise = dither(words, 0).view(-1)[:count] if rounding == STOCHASTIC else 0
-            new = (exact + noise).round_().clamp_(-128, LARGEST)
+            new = (exact + noise if rounding == STOCHASTIC else exact).round().clamp_(-128, LARGEST)
             if rounding == ERROR_FEEDBACK:
-                left = ((exact - new) * 2.0**8).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST).round_().to(torch.int8)
                 rest[run] = torch.where(finite, left, rest[run])
         weight[run] = torch.where(finite, new.to(w.dtype), w)
         if momentum_scales is None:

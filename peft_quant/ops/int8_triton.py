@@ -178,11 +178,12 @@ def _lion_kernel(
             if ROUNDING == _ERROR_FEEDBACK:
                 w += _to_float(_load(r_ptr + first + local, inside, EVEN)) * 0.00390625
             exact = w
+            noise = _dither(words, 0)
             if ROUNDING == _STOCHASTIC:
-                w += _dither(words, 0)
+                w += noise
             codes = _round(tl.minimum(tl.maximum(w, -128.0), 127.0)).to(tl.int8)
             if ROUNDING == _ERROR_FEEDBACK:
-                rest = tl.minimum(tl.maximum((exact - _to_float(codes)) * 256.0, -127.0), 127.0)
+                rest = tl.minimum(tl.maximum((exact - _to_float(codes)) * 256.0 + noise, -127.0), 127.0)
                 _store(r_ptr + first + local, _round(rest).to(tl.int8), inside, EVEN)
             _store(w_ptr + first + local, codes, inside, EVEN)
     elif tl.program_id(0) == 0:

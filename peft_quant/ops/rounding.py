@@ -36,7 +36,7 @@ def key_words(key: int) -> tuple[int, int]:
 def random_words(start: int, stop: int, key: int, device: torch.device) -> torch.Tensor:
     """Random int32 words of the elements `start` to `stop`: lowbias32, with half of the key before each product."""
     low, high = key_words(key)
-    x = torch.arange(start, stop, device=device).to(torch.int32)
+    x = torch.arange(start, stop, dtype=torch.int32 if stop <= _WORD >> 1 else None, device=device).to(torch.int32)
     x.bitwise_xor_(low)
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MULTIPLIERS[0])
     x.bitwise_xor_(high)

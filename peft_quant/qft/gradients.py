@@ -22,11 +22,13 @@ class QuantizedGradient:
         codes: int8, in the parameter's shape.
         scales: fp32, one a block of 256 elements.
         square: the squared norm before rounding, an fp32 scalar on the device; not finite if an element is not.
+        count: how many gradients it is the sum of.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     square: torch.Tensor
+    count: int = 1
 
     def dequantize(self) -> torch.Tensor:
         """fp32, in the parameter's shape."""
@@ -44,13 +46,14 @@ class GradientStack:
         fused: called with a parameter and its dense gradient instead; the stack then stays empty.
 
     Attributes:
-        pushes: how many gradients there were; with the seed, the rounding of the next one.
+        steps: optimizer steps taken so far, which whoever takes them counts up: of the rounding, like the seed.
     """
 
     def __init__(self, seed: int = 0, fused: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
         self.seed = seed
         self.fused = fused
-        self.pushes = 0
+        self.steps = 0
+        self._numbers: dict[torch.Tensor, int] = {}
         self._entries: dict[torch.Tensor, QuantizedGradient] = {}
         self._hooks: dict[torch.Tensor, Any] = {}
 
@@ -61,6 +64,7 @@ class GradientStack:
         """
         for parameter in parameters:
             if parameter.requires_grad:
+                self._numbers.setdefault(parameter, len(self._numbers))
                 if parameter not in self._hooks:
                     self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
                 # Module.to swaps a parameter's tensor for one that knows of no hooks
@@ -86,14 +90,15 @@ class GradientStack:
     @torch.no_grad()
     def push(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Put a dense gradient of a parameter on the stack, or add it to the one that is there."""
-        key = ops.random_key(self.seed, _STREAM, self.pushes)
-        self.pushes += 1
         entry = self._entries.get(parameter)
+        number = self._numbers.setdefault(parameter, len(self._numbers))
+        key = ops.random_key(self.seed, _STREAM, self.steps, number, 0 if entry is None else entry.count)
         if entry is None:
             codes, scales, squares = ops.encode_gradient(gradient, key)
             self._entries[parameter] = QuantizedGradient(codes, scales, squares.sum())
         else:
             entry.square = ops.accumulate_gradient(entry.codes, entry.scales, gradient, key).sum()
+            entry.count += 1
 
     def pop(self) -> tuple[torch.Tensor, QuantizedGradient]:
         """The parameter whose gradient came last, and that gradient."""

@@ -16,7 +16,7 @@ from .weight import Int8Weight
 Rounding = Literal["stochastic", "nearest", "error_feedback"]
 
 _ROUNDINGS = {"nearest": ops.NEAREST, "stochastic": ops.STOCHASTIC, "error_feedback": ops.ERROR_FEEDBACK}
-_UPDATE_STREAM, _REFRESH_STREAM = 0, 2  # of the random keys
+_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # of the random keys
 
 
 class QuantizedLion(torch.optim.Optimizer):
@@ -87,9 +87,7 @@ class QuantizedLion(torch.optim.Optimizer):
         self._norm: torch.Tensor | None = None
         self._updated: set[torch.Tensor] = set()
         self._places: dict[torch.Tensor, tuple[int, int]] = {}  # group and number
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "pushes": 0, "seed": seed}
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -144,7 +142,7 @@ class QuantizedLion(torch.optim.Optimizer):
             self._update(parameter, gradient.codes, gradient.scales, norm, self._max_norm)
         for group in self.param_groups:
             group["steps"] += 1
-            group["pushes"] = self.gradients.pushes
+        self.gradients.steps += 1
         self._max_norm, self._norm = math.inf, None
         self._updated.clear()
         return loss
@@ -209,7 +207,9 @@ class QuantizedLion(torch.optim.Optimizer):
             if self.state_bits == 8:
                 state["momentum_scales"] = torch.zeros(ops.blocks_of(parameter.numel()), device=device)
             if self.rounding == "error_feedback" and isinstance(parameter, Int8Weight):
-                state["residual"] = torch.zeros(parameter.shape, dtype=torch.int8, device=device)
+                place, number = self._places[parameter]
+                key = ops.random_key(self.param_groups[place]["seed"], _RESIDUAL_STREAM, number)
+                state["residual"] = ops.random_residual(parameter.codes, key)
             state["skipped"] = torch.zeros((), dtype=torch.int32, device=device)
         return state
 
@@ -235,5 +235,5 @@ class QuantizedLion(torch.optim.Optimizer):
                 )
             self.state[parameter] = {name: t.to(parameter.device, copy=True) for name, t in loaded.items()}
         self.gradients.clear()
-        self.gradients.pushes = self.param_groups[0]["pushes"]
+        self.gradients.steps = self.param_groups[0]["steps"]
         self._updated.clear()

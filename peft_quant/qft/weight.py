@@ -30,6 +30,7 @@ class Int8Weight(torch.Tensor):
         scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; above zero.
         outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending in each row; None without outliers.
         outlier_values: fp32 `[N, R]`, or None.
+        flat: whether it is the view `[N * K]` of a weight.
     """
 
     codes: torch.Tensor
@@ -45,8 +46,10 @@ class Int8Weight(torch.Tensor):
         outlier_columns: torch.Tensor | None,
         outlier_values: torch.Tensor | None,
         dtype: torch.dtype,
+        flat: bool = False,
     ) -> Int8Weight:
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+        size = (codes.numel(),) if flat else codes.shape
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=codes.device)
 
     def __init__(
         self,
@@ -55,11 +58,13 @@ class Int8Weight(torch.Tensor):
         outlier_columns: torch.Tensor | None,
         outlier_values: torch.Tensor | None,
         dtype: torch.dtype,
+        flat: bool = False,
     ) -> None:
         self.codes = codes
         self.scales = scales
         self.outlier_columns = outlier_columns
         self.outlier_values = outlier_values
+        self.flat = flat
 
     @classmethod
     def from_dense(
@@ -113,7 +118,7 @@ class Int8Weight(torch.Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight, detached, in `dtype` or its own."""
-        return ops.decode_weight(*self._tensors(), dtype or self.dtype)
+        return ops.decode_weight(*self._tensors(), dtype or self.dtype).view(self.shape)
 
     @torch.no_grad()
     def refresh(self, key: int) -> None:
@@ -122,6 +127,23 @@ class Int8Weight(torch.Tensor):
         In place; rounding is stochastic by the key (`ops.random_key`). What keeps its scale keeps its code.
         """
         ops.refresh_weight(*self._tensors(), key)
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[torch.Tensor, ...], torch.dtype]:
+        return tuple(self.parts.values()), self.dtype
+
+    def fsdp_post_all_gather(
+        self,
+        gathered: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        param_dtype: torch.dtype | None,
+        *,
+        out: Int8Weight | None = None,
+    ) -> tuple[Int8Weight, tuple[torch.Tensor, ...]] | None:
+        if out is not None:  # made of the same memory
+            return None
+        return Int8Weight.__tensor_unflatten__(dict(zip(self.parts, gathered)), (dtype, False)), gathered
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         return self.codes, self.scales, self.outlier_columns, self.outlier_values
@@ -133,15 +155,17 @@ class Int8Weight(torch.Tensor):
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> Int8Weight:
         tensors: Any = (None if part is None else function(part) for part in self._tensors())
-        return Int8Weight(*(*tensors, dtype or self.dtype))
+        return Int8Weight(*(*tensors, dtype or self.dtype, self.flat))
 
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return list(self.parts), self.dtype
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
+        return list(self.parts), (self.dtype, self.flat)
 
     @staticmethod
-    def __tensor_unflatten__(parts: dict[str, torch.Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Int8Weight:
+    def __tensor_unflatten__(
+        parts: dict[str, torch.Tensor], look: tuple[torch.dtype, bool], size: Any = None, stride: Any = None
+    ) -> Int8Weight:
         tensors: Any = (parts.get(name) for name in _PARTS)
-        return Int8Weight(*(*tensors, dtype))
+        return Int8Weight(*(*tensors, *look))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         outliers = 0 if self.outlier_columns is None else self.outlier_columns.shape[1]
@@ -183,13 +207,13 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> to
         return target
     dense = source.dequantize(torch.float32) if isinstance(source, Int8Weight) else source
     outliers = 0 if target.outlier_columns is None else target.outlier_columns.shape[1]
-    dense = dense.to(target.device).expand_as(target)
+    dense = dense.to(target.device).expand_as(target).reshape(target.codes.shape)
     target._write(*ops.encode_weight(dense, outliers, target.scales.shape[1]))
     return target
 
 
 def _layout(weight: Int8Weight) -> dict[str, torch.Size]:
-    return {name: part.shape for name, part in weight.parts.items()}
+    return {"weight": weight.shape, **{name: part.shape for name, part in weight.parts.items()}}
 
 
 def _to_copy(func: Any, weight: Int8Weight, *, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
@@ -203,7 +227,43 @@ def _of_each_part(func: Any, weight: Int8Weight, *args: Any, **kwargs: Any) -> I
     return weight._map(lambda part: func(part, *args, **kwargs))
 
 
+def _slice(func: Any, weight: Int8Weight, dim: int = 0, *args: Any) -> torch.Tensor:
+    if dim != 0 or weight.flat:
+        return func(weight.dequantize(), dim, *args)
+    return weight._map(lambda part: func(part, dim, *args))
+
+
+def _split(func: Any, weight: Int8Weight, size: int, dim: int = 0) -> Any:
+    if dim != 0 or weight.flat:
+        return func(weight.dequantize(), size, dim)
+    pieces = zip(*(func(part, size) for part in weight.parts.values()))
+    return [Int8Weight.__tensor_unflatten__(dict(zip(weight.parts, parts)), (weight.dtype, False)) for parts in pieces]
+
+
+def _new_zeros(func: Any, weight: Int8Weight, size: Any, **kwargs: Any) -> torch.Tensor:
+    """Rows of int8 that are yet to be written; a dense tensor if they would be of another width or dtype."""
+    if weight.flat or len(size) != 2 or size[1] != weight.shape[1] or kwargs.get("dtype") not in (None, weight.dtype):
+        return torch.zeros(size, **{"dtype": weight.dtype, "device": weight.device, **kwargs})
+    kwargs.pop("dtype", None)
+    return weight._map(lambda part: func(part, (size[0], part.shape[1]), **kwargs))
+
+
+def _view(func: Any, weight: Int8Weight, size: Any) -> torch.Tensor:
+    flat = tuple(size) in ((-1,), (weight.numel(),))
+    if flat or tuple(size) == tuple(weight.codes.shape):
+        return Int8Weight(*weight._tensors(), weight.dtype, flat)
+    return func(weight.dequantize(), size)
+
+
+def _as_strided(func: Any, weight: Int8Weight, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
+    if tuple(size) == tuple(weight.shape) and tuple(stride) == weight.stride() and not offset:
+        return weight._map(lambda part: part.view(part.shape))
+    return func(weight.dequantize(), size, stride, offset)
+
+
 def _embedding(func: Any, weight: Any, indices: torch.Tensor, *args: Any) -> torch.Tensor:
+    if weight.flat:
+        return func(weight.dequantize(), indices, *args)
     rows = indices.reshape(-1)
     found = weight._map(lambda part: part.index_select(0, rows)).dequantize()
     return found.view(*indices.shape, weight.shape[1])
@@ -216,14 +276,20 @@ _IMPLEMENTED: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
     aten.embedding.default: _embedding,
+    # FSDP2 shards with these
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.new_zeros.default: _new_zeros,
+    aten.view.default: _view,
+    aten.as_strided.default: _as_strided,
 }
 
 
 # Dynamo would trace into the autograd Function, and before PyTorch 2.13 lose there what checkpointing recomputes
 @torch.compiler.allow_in_graph
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not isinstance(weight, Int8Weight):
-        raise TypeError("An int8 weight was passed to F.linear as input or bias: pass its `dequantize()`.")
+    if not isinstance(weight, Int8Weight) or weight.flat:
+        raise TypeError("F.linear takes an int8 weight [N, K] as its weight: pass the `dequantize()` of any other.")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias)
