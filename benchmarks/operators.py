@@ -4,7 +4,8 @@
 
 Times are medians of `triton.testing.do_bench`; with one to 32 tokens, of CUDA graphs, because launches would take
 longer than the work. Bytes count what an operator must move at least. `share_of_copy` is of the speed of a large copy;
-the rows `copy` with a shape are copies of as many bytes as the decoding above them moves.
+the rows `copy` with a shape are copies of as many bytes as the decoding above them moves. Rows named
+int8 are QFT's, of a weight `[N, K]`; `--qft` measures them alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from peft_quant import ops
 
+
+try:
+    import bitsandbytes
+except ImportError:
+    bitsandbytes = None
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 
@@ -48,9 +54,54 @@ def random_layer(
     return words(rows * bits // 32, columns), words(groups, columns * bits // 32), scales
 
 
+def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -> None:
+    """Decoding, encoding and Lion on one weight, and bitsandbytes' Lion8bit beside them."""
+    cell = {"bits": 8, "K": in_features, "N": out_features}
+    weight = torch.randn(out_features, in_features, device="cuda") * 0.02
+    gradient = torch.randn_like(weight).bfloat16()
+    n = weight.numel()
+
+    for outliers in (round(0.01 * in_features), 0):
+        parts = ops.encode_weight(weight, outliers)
+        moved = n * 2 + sum(part.nbytes for part in parts if part is not None)
+        us = microseconds(ops.decode_weight, *parts, torch.bfloat16)
+        report("int8_decode" if outliers else "int8_decode, no outliers", "ours", us, moved, **cell)
+    codes, scales, _ = ops.encode_gradient(gradient, 0)
+    report("int8_encode", "ours", microseconds(ops.encode_gradient, gradient, 0), n * 3 + scales.nbytes * 2, **cell)
+    us = microseconds(ops.accumulate_gradient, codes, scales, gradient, 0)
+    report("int8_accumulate", "ours", us, n * 4 + scales.nbytes * 3, **cell)
+    report("norm", "torch", microseconds(torch.linalg.vector_norm, gradient), n * 2, **cell)
+
+    norm, skipped = torch.ones((), device="cuda"), torch.zeros((), dtype=torch.int32, device="cuda")
+    momentum, momentum_scales, _ = ops.encode_gradient(torch.randn_like(weight), 1)
+    options = (norm, skipped, 1.0, 1e-5, 0.9, 0.99, 0.1)
+    state = (momentum, momentum_scales)
+    for name, (w, w_scales), (g, g_scales), rounding in (
+        ("int8_lion", parts[:2], (codes, scales), ops.STOCHASTIC),
+        ("int8_lion, fused", parts[:2], (gradient, None), ops.STOCHASTIC),
+        ("int8_lion, nearest", parts[:2], (codes, scales), ops.NEAREST),
+        ("int8_lion, error feedback", parts[:2], (codes, scales), ops.ERROR_FEEDBACK),
+        ("bf16_lion", (weight.bfloat16(), None), (codes, scales), ops.STOCHASTIC),
+    ):
+        residual = ops.random_residual(w, 0) if rounding == ops.ERROR_FEEDBACK else None
+        written = [w, *state, *([] if residual is None else [residual])]
+        read = [t for t in (w_scales, g, g_scales) if t is not None]
+        moved = 2 * sum(t.nbytes for t in written) + sum(t.nbytes for t in read)
+        us = microseconds(ops.lion_step, w, w_scales, g, g_scales, *state, residual, *options, rounding, 0)
+        report(name, "ours", us, moved, **cell)
+
+    if bitsandbytes is not None:
+        parameter = torch.nn.Parameter(weight.bfloat16())
+        parameter.grad = gradient
+        lion = bitsandbytes.optim.Lion8bit([parameter], lr=1e-5)
+        # weight and momentum read and written, gradient read; momentum has a scale every 256
+        report("lion", "bitsandbytes", microseconds(lion.step), n * 8 + n // 256 * 8, **cell)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--qft", action="store_true", help="only the operators of QFT")
     arguments = parser.parse_args()
 
     source = torch.empty(2**30, dtype=torch.int8, device="cuda").random_()
@@ -63,10 +114,12 @@ def main() -> None:
         if bandwidth:
             bandwidth["share_of_copy"] = round(bandwidth["gb_per_s"] / copy, 3)
         append("kernels", arguments.out, op=op, peer=peer, us=round(us, 2), dtype="bfloat16", **row, **bandwidth)
-        print(f"{op:20} {peer:10} {row} {us:8.1f} us {bandwidth}", flush=True)
+        print(f"{op:26} {peer:10} {row} {us:8.1f} us {bandwidth}", flush=True)
 
     report("copy", "torch", 2 * 2**30 / copy / 1e3, 2 * 2**30)
-    for rows, columns in SHAPES:
+    for out_features, in_features in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        qft_rows(report, out_features, in_features)
+    for rows, columns in () if arguments.qft else SHAPES:
         for bits, group in ((2, 128), (3, 128), (4, 128), (8, 128), (4, 32), (4, rows)):
             packed = random_layer(bits, rows, columns, group)
             layout = (None, bits, group, 1)

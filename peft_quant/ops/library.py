@@ -46,28 +46,29 @@ def _gpu_path() -> ModuleType:
     return triton
 
 
-def _on_gpu(name: str) -> Callable[..., torch.Tensor]:
-    return lambda *arguments: getattr(_gpu_path(), name)(*arguments)
+def define(name: str, schema: str, path: ModuleType, gpu_path: Callable[[], ModuleType], opened: bool) -> None:
+    """An operator that is the function of its name of one module, and of another one on a GPU.
 
+    If `opened`, compiled code on a GPU launches its kernels and products itself, which is cheaper.
+    """
+    operator = f"peft_quant::{name}"
+    torch.library.define(operator, schema)
+    torch.library.impl(operator, "default", getattr(path, name))
+    torch.library.impl(operator, "cuda", lambda *arguments: getattr(gpu_path(), name)(*arguments))
 
-def _open_to_the_compiler(name: str) -> Callable[..., torch.Tensor]:
-    """On a GPU, compiled code launches the kernels and products of an operator itself, which is cheaper."""
-
-    def trace(mode: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        path = _gpu_path() if args[0].is_cuda else eager
-        if path is eager:  # whose many small operations the compiler is not to see
-            return mode.__torch_dispatch__(operator, types, args, kwargs)
+    def trace(mode: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        module = gpu_path() if args[0].is_cuda else path
+        if module is path:  # whose many small operations the compiler is not to see
+            return mode.__torch_dispatch__(function, types, args, kwargs)
         with mode:
-            return getattr(path, name)(*args, **(kwargs or {}))
+            return getattr(module, name)(*args, **(kwargs or {}))
 
-    return trace
+    if opened:
+        torch.library.register_torch_dispatch(operator, FunctionalTensorMode, trace)
 
 
 for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"peft_quant::{_name}", _schema)
-    torch.library.impl(f"peft_quant::{_name}", "default", getattr(eager, _name))
-    torch.library.impl(f"peft_quant::{_name}", "cuda", _on_gpu(_name))
-    torch.library.register_torch_dispatch(f"peft_quant::{_name}", FunctionalTensorMode, _open_to_the_compiler(_name))
+    define(_name, _schema, eager, _gpu_path, opened=True)
 
 
 @torch.library.register_fake("peft_quant::dequantize")

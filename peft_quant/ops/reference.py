@@ -64,3 +64,30 @@ def linear_grad_scales(
     """`ds[g, n] = sum over k in group g of (x^T dy)[k, n] * (q - z)[k, n]`: fp32 `[G, N]`."""
     per_weight = (x.float().t() @ dy.float()) * centered
     return torch.zeros(groups, dy.shape[1]).index_add_(0, g_idx.long(), per_weight)
+
+
+def int8_decode(
+    codes: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, values: torch.Tensor | None
+) -> torch.Tensor:
+    """`W[n, k] = codes[n, k] * scales[n, k // g]`, plus a value where an outlier lies: fp32 `[N, K]`."""
+    group_size = codes.shape[1] // scales.shape[1]
+    weight = codes.float() * scales.repeat_interleave(group_size, dim=1)
+    if columns is not None and values is not None:
+        for row, (row_columns, row_values) in enumerate(zip(columns.long(), values)):
+            weight[row, row_columns] += row_values
+    return weight
+
+
+def lion(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step of Lion (Chen et al., 2023, arXiv 2302.06675), all fp32: the new weight and the new momentum."""
+    update = torch.sign(beta1 * momentum + (1 - beta1) * gradient)
+    weight = weight * (1 - lr * weight_decay) - lr * update
+    return weight, beta2 * momentum + (1 - beta2) * gradient

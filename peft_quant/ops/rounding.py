@@ -1,8 +1,66 @@
-"""Rounding of trained scales to what a checkpoint can store."""
+"""Rounding: of trained scales to what a checkpoint can store, and of trained integers without bias.
+
+Stochastic rounding is nearest rounding of `x + d` with `d` uniform in (-1/2, 1/2), here one of 2**16 values around
+zero: on average it gives `x`, up to 2**-17, and integers stay as they are. The randomness is a hash of an element's
+index and a key, so that it depends on nothing else, is the same on every device and path, and needs no state.
+"""
 
 from __future__ import annotations
 
 import torch
+
+
+_WORD = (1 << 32) - 1
+_WORD64 = (1 << 64) - 1
+# the multipliers of lowbias32 (Wellons, 2018), as signed 32-bit numbers
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+
+
+def random_key(*path: int) -> int:
+    """A 64-bit key (signed) of integers such as a seed, a stream, a parameter's number and a step (splitmix64)."""
+    state = 0
+    for number in path:
+        state = (state + number + 0x9E3779B97F4A7C15) & _WORD64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD64
+        state ^= state >> 31
+    return state - (1 << 64) if state >> 63 else state
+
+
+def key_words(key: int) -> tuple[int, int]:
+    """The low and the high half of a key as signed 32-bit numbers."""
+    low, high = key & _WORD, (key >> 32) & _WORD
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
+
+
+def random_words(start: int, stop: int, key: int, device: torch.device) -> torch.Tensor:
+    """Random int32 words of the elements `start` to `stop`: lowbias32, with half of the key before each product."""
+    low, high = key_words(key)
+    x = torch.arange(start, stop, dtype=torch.int32 if stop <= _WORD >> 1 else None, device=device).to(torch.int32)
+    x.bitwise_xor_(low)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MULTIPLIERS[0])
+    x.bitwise_xor_(high)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIERS[1])
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def dither(words: torch.Tensor, half: int) -> torch.Tensor:
+    """fp32 in (-1/2, 1/2) of the low (0) or the high (1) 16 bits of random words."""
+    bits = (words >> 16 * half).bitwise_and_(0xFFFF)
+    return bits.float().sub_(32767.5).mul_(2.0**-16)
+
+
+def round_to_dtype(x: torch.Tensor, dtype: torch.dtype, words: torch.Tensor) -> torch.Tensor:
+    """Round fp32 to bf16 or fp16 stochastically, by the low 16 bits of random words; fp32 stays as it is.
+
+    Below the normal numbers of fp16 the rounding is to nearest.
+    """
+    if dtype == torch.float32:
+        return x
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    noise = (words & 0xFFFF) >> (16 - dropped)
+    bits = x.contiguous().view(torch.int32).add(noise).bitwise_and_(-1 << dropped)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
 
 
 def round_scales(scales: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None) -> torch.Tensor:

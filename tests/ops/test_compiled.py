@@ -1,4 +1,5 @@
-"""What code compiled for a GPU keeps for backward: activations, and nothing the size of a weight."""
+"""What code compiled for a GPU keeps for backward: activations, and nothing the size of a weight; and how the int8
+kernels load and round."""
 
 import json
 import os
@@ -32,3 +33,17 @@ def test_only_activations_are_kept(kept):
 
 def test_checkpointing_keeps_nothing_but_the_result(kept):
     assert kept["peqa, checkpointed"] == kept["lrec, checkpointed"] == [OUTER]
+
+
+def test_int8_weights_are_decoded_again(kept):
+    assert sorted(kept["qft"]) == sorted([OUTER, OUTER, OUTER, INNER])
+    assert kept["qft, checkpointed"] == [OUTER]
+
+
+@pytest.mark.parametrize(("kernel", "loads"), (("lion", 3), ("gradient", 3)))
+def test_int8_kernels_move_16_bytes_at_once_and_fuse_no_products(kept, kernel, loads):
+    """Codes, momentum and gradient; or a 16-bit gradient, in two halves, and codes."""
+    instructions = kept[kernel]
+    assert sum(count for name, count in instructions.items() if name.startswith("ld.global.v4")) == loads
+    assert not [name for name in instructions if name.startswith("fma")]
+    assert not [name for name in instructions if name.startswith(("ld.local", "st.local"))]

@@ -1,0 +1,125 @@
+"""Gradients that are int8 from the moment they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import ops
+
+
+_STREAM = 1  # of the random keys; see `lion.py` for the others
+
+
+@dataclass(slots=True)
+class QuantizedGradient:
+    """A gradient in int8, or the sum of several.
+
+    Attributes:
+        codes: int8, in the parameter's shape.
+        scales: fp32, one a block of 256 elements.
+        square: the squared norm before rounding, an fp32 scalar on the device; not finite if an element is not.
+        count: how many gradients it is the sum of.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    square: torch.Tensor
+    count: int = 1
+
+    def dequantize(self) -> torch.Tensor:
+        """fp32, in the parameter's shape."""
+        return ops.decode_blocks(self.codes, self.scales)
+
+
+class GradientStack:
+    """Takes every gradient over from autograd as soon as it exists, so that only one is alive in floating point.
+
+    A gradient of a parameter that is on the stack already is added to it, without bias (stochastic rounding).
+    Gradients leave last in, first out.
+
+    Args:
+        seed: of the rounding.
+        fused: called with a parameter and its dense gradient instead; the stack then stays empty.
+
+    Attributes:
+        steps: optimizer steps taken so far, which whoever takes them counts up: of the rounding, like the seed.
+    """
+
+    def __init__(self, seed: int = 0, fused: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
+        self.seed = seed
+        self.fused = fused
+        self.steps = 0
+        self._numbers: dict[torch.Tensor, int] = {}
+        self._entries: dict[torch.Tensor, QuantizedGradient] = {}
+        self._hooks: dict[torch.Tensor, Any] = {}
+
+    def attach(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take over the gradients of parameters from now on, in place of their `.grad`.
+
+        Attaching twice is once, and needed after `Module.to`.
+        """
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._numbers.setdefault(parameter, len(self._numbers))
+                if parameter not in self._hooks:
+                    self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
+                # Module.to swaps a parameter's tensor for one that knows of no hooks
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+
+    def detach(self) -> None:
+        """Leave gradients to autograd again, and forget those on the stack."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self.clear()
+
+    @torch.no_grad()
+    def _take(self, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if self.fused is not None:
+            self.fused(parameter, gradient)
+        else:
+            self.push(parameter, gradient)
+
+    @torch.no_grad()
+    def push(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Put a dense gradient of a parameter on the stack, or add it to the one that is there."""
+        entry = self._entries.get(parameter)
+        number = self._numbers.setdefault(parameter, len(self._numbers))
+        key = ops.random_key(self.seed, _STREAM, self.steps, number, 0 if entry is None else entry.count)
+        if entry is None:
+            codes, scales, squares = ops.encode_gradient(gradient, key)
+            self._entries[parameter] = QuantizedGradient(codes, scales, squares.sum())
+        else:
+            entry.square = ops.accumulate_gradient(entry.codes, entry.scales, gradient, key).sum()
+            entry.count += 1
+
+    def pop(self) -> tuple[torch.Tensor, QuantizedGradient]:
+        """The parameter whose gradient came last, and that gradient."""
+        return self._entries.popitem()
+
+    def norm(self) -> torch.Tensor:
+        """The norm of all gradients on the stack together, an fp32 scalar on the device; not finite if one is not."""
+        squares = [entry.square for entry in self._entries.values()]
+        if not squares:
+            return torch.zeros(())
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(entry.codes.nbytes + entry.scales.nbytes for entry in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        return parameter in self._entries
