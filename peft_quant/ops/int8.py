@@ -20,7 +20,7 @@ from .rounding import dither, random_words, round_to_dtype
 BLOCK = 256
 LARGEST = 127
 NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
-_RUN = 1 << 20  # elements, whole blocks
+_RUN = 1 << 18  # elements, whole blocks; what is computed of them stays in a CPU's cache
 # what the largest of a block becomes: so little below 127 that no noise rounds it to 128
 RANGE = LARGEST - 2.0**-13
 # below it, a block counts as zero: the inverse of its scale would overflow
@@ -222,8 +222,9 @@ def lion_step(
     rounding: int,
     key: int,
 ) -> None:
-    finite = norm.isfinite()
-    skipped += ~finite
+    if not norm.isfinite():
+        skipped += 1
+        return
     factor = torch.where(norm > max_norm, (norm + 1e-6).reciprocal() * max_norm, 1)
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
     flat: Any = [None if t is None else t.view(-1) for t in (weight, weight_scales, momentum, residual)]
@@ -247,19 +248,21 @@ def lion_step(
             new = w.float() * keep - lr * sign
             new = new.to(w.dtype) if rounding == NEAREST else round_to_dtype(new, w.dtype, words.view(-1)[:count])
         else:
-            group = torch.arange(run.start, run.stop, device=w.device).div_(group_size, rounding_mode="floor")
-            exact = w.float() * keep - (scales.reciprocal() * lr)[group] * sign
+            first = run.start // group_size
+            steps = scales[first : -(-run.stop // group_size)].reciprocal() * lr
+            steps = steps.repeat_interleave(group_size)[run.start - first * group_size :][:count]
+            exact = w.float() * keep - steps * sign
             noise = dither(words, 0).view(-1)[:count]
             if rounding == ERROR_FEEDBACK:
                 exact += rest[run].float() * 2.0**-8
             new = (exact + noise if rounding == STOCHASTIC else exact).round().clamp_(-128, LARGEST)
             if rounding == ERROR_FEEDBACK:
-                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST).round_().to(torch.int8)
-                rest[run] = torch.where(finite, left, rest[run])
-        weight[run] = torch.where(finite, new.to(w.dtype), w)
+                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST)
+                rest[run] = left.round_().to(torch.int8)
+        weight[run] = new.to(w.dtype)
         if momentum_scales is None:
-            momentum[run] = torch.where(finite, m.view(-1)[:count], momentum[run])
+            momentum[run] = m.view(-1)[:count]
         else:
             integers, new_scales = _encode(m, dither(words, 1))
-            momentum[run] = torch.where(finite, integers.view(-1)[:count].to(torch.int8), momentum[run])
-            momentum_scales[blocks] = torch.where(finite, new_scales[:, 0], momentum_scales[blocks])
+            momentum[run] = integers.view(-1)[:count].to(torch.int8)
+            momentum_scales[blocks] = new_scales[:, 0]
