@@ -35,7 +35,8 @@ class TestBF16:
     def test_it_is_the_model(self, tmp_path, input_ids, config, tied):
         model = int8_llama(config, tie_word_embeddings=tied)
         before = contents(model)
-        error = export_qft(model, tmp_path / "out", "bf16", inputs={"input_ids": input_ids}, tokenizer=tiny_tokenizer())
+        inputs = {"input_ids": input_ids}
+        error = export_qft(model, tmp_path / "out", "bf16", inputs=inputs, tokenizer=tiny_tokenizer())
         assert error.largest_logit == logits(model, input_ids).abs().max().item()
         assert_equal(model, before)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -151,7 +152,9 @@ class TestGPTQ:
 
     def test_features_that_cannot_be_packed(self, tmp_path):
         model = int8_llama(intermediate_size=90)
-        with pytest.raises(ValueError, match=r"gate_proj has 64 in- and 90 out-features, and GPTQ packs 8 bits in fours"):
+        with pytest.raises(
+            ValueError, match=r"gate_proj has 64 in- and 90 out-features, and GPTQ packs 8 bits in fours"
+        ):
             export_qft(model, tmp_path / "out", "gptq")
         assert not (tmp_path / "out").exists()
 
