@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from optimizers import make_optimizer
 from random_llama import SHAPES, VOCABULARY
 from record import append, versions
 from torch import nn
 
+from peft_quant import Int8Weight
 from peft_quant.ops import IGNORED, distillation_loss, top_k
 
 
@@ -25,6 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
 # what each peer packs, where --bits and --group do not say it
 FORMATS = {"peft": (16, None), "bitsandbytes": (4, 64), "unsloth": (4, 64)}
+# what all parameters of a model are, where all are trained
+WHOLE = {"full": (16, None), "qft-stack": (8, -1), "qft-fused": (8, -1)}
 
 
 def mark() -> Any:
@@ -48,7 +52,11 @@ def milliseconds(start: Any, end: Any) -> float:
 def allocated(model: nn.Module) -> int:
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated()
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return sum(map(size, [*model.parameters(), *model.buffers()]))
+
+
+def size(tensor: torch.Tensor) -> int:
+    return tensor.bytes_held if isinstance(tensor, Int8Weight) else tensor.numel() * tensor.element_size()
 
 
 def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
@@ -99,14 +107,6 @@ def peak_bytes(cell: argparse.Namespace) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-5, fused=DEVICE == "cuda")
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=1e-5)
-
-
 def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str], nn.Module]) -> None:
     """Append the cell's row to `train_step.csv`.
 
@@ -124,11 +124,12 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     model = build(cell, DEVICE).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     gc.collect()
-    frozen_bytes = allocated(model) - sum(p.numel() * p.element_size() for p in trainable)
+    # of adapters the base, else all there is
+    model_bytes = allocated(model) - (0 if cell.method in WHOLE else sum(map(size, trainable)))
     prepare(model, cell)
-    optimizer = make_optimizer(cell.optimizer, trainable)
+    optimizer = make_optimizer(cell, trainable)
     offload = offloading(model) if cell.offload and cell.peer != "unsloth" else contextlib.nullcontext()
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=cell.method != "peqa")
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=cell.method not in ("peqa", *WHOLE))
     ids = torch.randint(0, VOCABULARY, (cell.batch, cell.seq), device=DEVICE)
     taught = top_k(torch.randn(ids.numel(), VOCABULARY, device=DEVICE), 64) if cell.correction else None
 
@@ -161,7 +162,7 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     synchronize()
     steps = [[milliseconds(*pair) for pair in pairwise(marks)] for marks in points]
     forward, backward, update = (statistics.median(times) for times in zip(*steps))
-    bits, group = FORMATS.get(cell.peer, (cell.bits, cell.group))
+    bits, group = WHOLE.get(cell.method) or FORMATS.get(cell.peer, (cell.bits, cell.group))
     peak = peak_bytes(cell)
     row = {
         "method": cell.method,
@@ -177,7 +178,7 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
         "bwd_ms": round(backward, 1),
         "opt_ms": round(update, 1),
         "peak_gb": None if peak is None else round(peak / 1e9, 2),
-        "model_gb": round(frozen_bytes / 1e9, 2),
+        "model_gb": round(model_bytes / 1e9, 2),
     }
     append("train_step", cell.out, **row, versions=versions(*packages(cell)))
     print(row, flush=True)
@@ -208,8 +209,8 @@ def profile(step: Callable[[], Any], steps: int = 3, rows: int = 30) -> None:
 
 
 def packages(cell: argparse.Namespace) -> list[str]:
-    used = {cell.peer} - {"ours", "peft"}
+    used = {cell.peer} - {"ours", "peft", "torch"}
     used |= {"liger-kernel"} if cell.liger else set()
-    used |= {"bitsandbytes"} if cell.optimizer == "adamw8bit" else set()
+    used |= {"bitsandbytes"} if cell.optimizer.endswith("8bit") else set()
     used |= {"trl"} if cell.offload and cell.peer != "unsloth" else set()
     return sorted(used)

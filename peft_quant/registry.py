@@ -20,6 +20,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import PeftType, register_peft_method
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -65,6 +68,29 @@ def allow_hotswap(peft_type: PeftType, options: list[str]) -> None:
         options: options of its own in which two adapters must agree, beside those of LoRA.
     """
     CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], *options]
+
+
+def register_quantization(method: str, config_class: type[Any], quantizer_class: type[HfQuantizer]) -> None:
+    """Register a quantization with transformers. Registering the same one again changes nothing.
+
+    Args:
+        method: its `quant_method`.
+        config_class: of its quantization configs.
+        quantizer_class: what loads and saves its checkpoints.
+
+    Raises:
+        RuntimeError: the installed transformers has a quantization of that name itself.
+    """
+    registered = AUTO_QUANTIZER_MAPPING.get(method)
+    if registered is quantizer_class:
+        return
+    if registered is not None:
+        raise RuntimeError(
+            f"transformers has a quantization named {method} already ({registered.__module__}). Install a release of "
+            "peft_quant made for this version of transformers."
+        )
+    register_quantization_config(method)(config_class)
+    register_quantizer(method)(quantizer_class)
 
 
 CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]
@@ -134,6 +160,39 @@ def write_cards(tuner_class: type[BaseTuner], write: CardWriter) -> None:
     PeftModel.save_pretrained = save_pretrained
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files
+
+
+def write_cards_of_quantized(
+    quantizer_class: type[HfQuantizer], write: Callable[[PreTrainedModel, Path, list[str], str], None]
+) -> None:
+    """Let models of a quantizer push model cards of their own to the Hub. Registering again changes nothing.
+
+    transformers writes a card of its own in `push_to_hub`. Models of other quantizers do that as before.
+
+    Args:
+        quantizer_class: the quantizer.
+        write: `write(model, directory, earlier, repository)` writes a directory's card, given earlier cards of the
+            model and the Hub id it goes to. A `ValueError` becomes a warning.
+    """
+    model_class: Any = PreTrainedModel
+    if _PATCHED in vars(model_class):
+        return
+    setattr(model_class, _PATCHED, True)
+    stock_upload = model_class._upload_modified_files
+
+    @wraps(stock_upload)
+    def _upload_modified_files(
+        self: PreTrainedModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(getattr(self, "hf_quantizer", None), quantizer_class):
+            directory = Path(working_dir)
+            try:
+                write(self, directory, _read(directory), repo_id)
+            except ValueError as error:
+                warnings.warn(f"The model card of {repo_id} was left as it is. {error}", stacklevel=3)
+        return stock_upload(self, working_dir, repo_id, *args, **kwargs)
+
+    model_class._upload_modified_files = _upload_modified_files
 
 
 def _card_writer(model: PeftModel) -> CardWriter | None:

@@ -16,11 +16,12 @@ ROOT = Path(peft_quant.__file__).parent
 ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
-    "qft": {"qft", "gptq", "ops", "registry", "report", "compat"},
-    "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat"},
+    "qft": {"qft", "gptq", "ops", "registry", "report", "proof"},
+    "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat", "proof"},
     "report": {"report"},
     "registry": set(),
     "compat": set(),
+    "proof": set(),
 }
 FORBIDDEN = {
     "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
@@ -30,6 +31,7 @@ FORBIDDEN = {
     "report": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
     "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "proof": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
 

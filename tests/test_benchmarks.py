@@ -53,3 +53,24 @@ def test_table(results):
         ["| peqa", "ours", "4", "128", "2", "1 x 16", "eager", ""]
     ]
     assert sum(line.startswith("| lora") for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    (
+        (("--method", "qft-stack"), ("qft-stack", "ours", "8", "-1")),
+        (("--method", "qft-fused"), ("qft-fused", "ours", "8", "-1")),
+        (
+            ("--method", "full", "--peer", "torch", "--optimizer", "sgd", "--in-backward"),
+            ("full", "torch", "16", ""),
+        ),
+    ),
+)
+def test_all_parameters(tmp_path, options, expected):
+    run("train_step.py", *OPTIONS, *options, "--out", str(tmp_path))
+    with (tmp_path / "train_step.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert tuple(row[name] for name in ("method", "peer", "bits", "group")) == expected
+    assert float(row["bwd_ms"]) > 0
+    if "--in-backward" in options:
+        assert " SGD, in backward |" in run("table.py", str(tmp_path))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 
 METHODS = {
-    "ours": ("peqa", "lora", "lrec"),
+    "ours": ("peqa", "lora", "lrec", "qft-stack", "qft-fused"),
     "peft": ("lora",),
+    "torch": ("full",),
     "gptqmodel": ("lora", "peqa"),
-    "bitsandbytes": ("lora",),
+    "bitsandbytes": ("lora", "full"),
     "hqq": ("lora",),
     "unsloth": ("lora",),
 }

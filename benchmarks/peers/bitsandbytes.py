@@ -1,4 +1,7 @@
-"""QLoRA: NF4 with double quantization. Everything but the adapters stays in bf16, which is its leanest form."""
+"""QLoRA: NF4 with double quantization. Everything but the adapters stays in bf16, which is its leanest form.
+
+Also full fine-tuning of dense bf16 weights, by its 8-bit optimizers.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ def quantize(layer: nn.Linear, device: str) -> Linear4bit:
 
 
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
+    if cell.method == "full":
+        return make_llama(cell.shape, device).requires_grad_(True)
     model = make_llama(cell.shape, device, lambda layer: quantize(layer, device))
     model.is_loaded_in_4bit = True
     return add_lora(model, cell.rank)

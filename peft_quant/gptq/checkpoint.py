@@ -55,7 +55,7 @@ class Checkpoint:
                 f"{directory} has no *.safetensors file. Checkpoints in pickle format (*.bin, *.pt) are not read: "
                 "load the model with transformers and save it with `save_pretrained` first."
             )
-        shards = {name: file for file in files for name in _read_header(file)[0]}
+        shards = {name: file for file in files for name in read_header(file)[0]}
         return cls(directory, json.loads(config_file.read_text(encoding="utf-8")), shards)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -95,8 +95,12 @@ class Checkpoint:
                 _replace_tensors(target / entry.name, names, replacement)
 
 
-def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Tensor entries of a safetensors file and where its data begins (format: length, JSON header, data)."""
+def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Tensor entries of a safetensors file and where its data begins (format: length, JSON header, data).
+
+    Raises:
+        InvalidCheckpointError: the file is truncated or not a safetensors file.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
@@ -117,7 +121,7 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _replace_tensors(file: Path, names: set[str], replacement: Replacement) -> None:
-    header, data_start = _read_header(file)
+    header, data_start = read_header(file)
     for name in sorted(names & header.keys(), key=lambda name: header[name]["data_offsets"]):
         with safe_open(file, framework="pt") as shard:
             old = shard.get_tensor(name).clone()
@@ -153,6 +157,35 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replaced_files(path: str | os.PathLike[str], stale: str) -> Iterator[Path]:
+    """Fill a directory whose files appear, each whole, once all of them are complete.
+
+    Yields a temporary directory beside `path`, renamed to it if there is none. Else its files take the place of those
+    of the same name, and what an error interrupts leaves all of the old ones.
+
+    Args:
+        path: the directory.
+        stale: pattern of files that belong to what is replaced, of which those not written again are removed.
+    """
+    target = Path(path)
+    if not target.exists():
+        with new_directory(target) as directory:
+            yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+        yield Path(name)
+        written = {entry.name: entry for entry in sorted(Path(name).iterdir())}
+        for entry in written.values():
+            if entry.is_dir():
+                shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+            else:
+                entry.replace(target / entry.name)
+        for file in target.glob(stale):
+            if file.name not in written:
+                file.unlink()
 
 
 def _umask() -> int:

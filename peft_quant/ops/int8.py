@@ -107,7 +107,7 @@ def encode_weight(
     scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
     empty = scales <= SMALLEST
     mean = scales.sum() / (~empty).sum().clamp(min=1)
-    scales = torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales)
+    scales = _as_fp16_has_them(torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales))
     return _codes(rest, scales, None), scales, columns, values
 
 
@@ -129,11 +129,17 @@ def refresh_weight(
         largest = rest.view(*before.shape, -1).abs().amax(2)
         share = largest / before
         misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
-        after = torch.where(misfit, largest * (_ROOM / LARGEST), before)
+        after = torch.where(misfit, _as_fp16_has_them(largest * (_ROOM / LARGEST)), before)
         noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
         for part, new in zip(parts, (_codes(rest, after, noise.view_as(rest)), after, *outliers)):
             if part is not None:
                 part.copy_(new)
+
+
+def _as_fp16_has_them(scales: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to fp16, in which GPTQ checkpoints store them, as far as its normal numbers go."""
+    rounded = scales.half().float()
+    return torch.where((scales >= 2.0**-14) & rounded.isfinite(), rounded, scales)
 
 
 def _without_outliers(

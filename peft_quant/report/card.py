@@ -1,4 +1,4 @@
-"""Model cards of adapters and merged checkpoints, from what their files say and what only the user knows.
+"""Model cards of adapters and checkpoints, from what their files say and what only the user knows.
 
 A card is generated between two marks. The first carries, as JSON, the facts it was made of and a digest of the weights
 they are true of, so that a card can be made again without asking for them, and drops them once the weights are others.
@@ -32,12 +32,16 @@ _GENERATED = re.compile(rf"{re.escape(_START)}\n(?P<record>\{{.*\}})\n-->\n.*?{r
 
 _KINDS = {"PEQA": "peqa_adapter", "LREC": "lrec_adapter", "LORA": "lora_export"}
 _MERGED = "merged_gptq"
+_QFT = "qft"
+QFT = "QFT"
+"""The `method` in the facts of what QFT trained, in whatever format it was saved or exported."""
 
 _TAGS = {
     "peqa_adapter": ["peqa", "gptq", "peft-quant"],
     "lrec_adapter": ["lrec", "gptq", "peft-quant"],
     "lora_export": ["lora", "lrec", "gptq"],
     _MERGED: ["gptq", "peqa"],
+    _QFT: ["qft", "peft-quant"],
 }
 
 _TASKS = {  # of PEFT: the Hub's pipeline, the end of transformers' class
@@ -52,14 +56,19 @@ _ROLES = (  # what the tensors of an adapter are, by their names
     ("scale deltas", re.compile(r"\.peqa_scales$")),
     ("low-rank matrices", re.compile(r"\.lora_(embedding_)?[AB]\b")),
     ("embeddings of single tokens", re.compile(r"\.trainable_tokens_delta$")),
+    ("int8 weights", re.compile(r"\.codes$")),
+    ("outliers of int8 weights", re.compile(r"\.outlier_values$")),
+    ("their columns", re.compile(r"\.outlier_columns$")),
+    ("packed integers", re.compile(r"\.(qweight|qzeros|g_idx)$")),
     ("scales", re.compile(r"\.scales$")),
 )
 _OTHER_ROLE = "modules trained whole"
+_OTHER_ROLE_OF_QFT = "float parameters"
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I32": "int32", "I16": "int16", "I8": "int8"}
 
 _FORMAT = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "fingerprint")
-_OF_THE_WEIGHTS = ("settings", "command", "log", "perplexity", "compared_with", "trained")
+_OF_THE_WEIGHTS = ("settings", "command", "log", "perplexity", "compared_with", "trained", "export")
 _OURS_ALONE = ("library_name", "base_model", "base_model_relation", "pipeline_tag", "model-index", "model_name")
 _INHERITED = ("license", "license_name", "license_link", "language")
 _PACKAGES = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
@@ -84,15 +93,15 @@ def write_model_card(
     perplexity: Mapping[str, float] | None = None,
     compared_with: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Write or refresh the model card (`README.md`) of an adapter or of a merged checkpoint.
+    """Write or refresh the model card (`README.md`) of an adapter, a merged checkpoint or a model trained in int8.
 
-    `save_pretrained` and `push_to_hub` of PEQA and LREC models, `merge_checkpoint` and `export_lora` do so by
-    themselves; this adds what only you know. Facts are kept for later saves, until the weights change. Your own text
-    around the generated part stays, and so does the metadata you changed; a card without a generated part keeps its
-    text and gets metadata only. What is not known is left out.
+    `save_pretrained` and `push_to_hub` of PEQA and LREC models, QFTTrainer's saves, `merge_checkpoint` and the exports
+    do so by themselves; this adds what only you know. Facts are kept for later saves, until the weights change. Your
+    own text around the generated part stays, and so does the metadata you changed; a card without a generated part
+    keeps its text and gets metadata only. What is not known is left out.
 
     Args:
-        directory: of the adapter or of the merged checkpoint.
+        directory: of the adapter or of the checkpoint.
         base_model: Hub id of the GPTQ checkpoint, if the adapter does not name one. A local path is never written.
         repository: Hub id of this adapter or checkpoint, for the snippets.
         license: as the Hub spells it, for instance `"apache-2.0"`.
@@ -146,7 +155,8 @@ def update_card(
     """
     directory = Path(directory)
     known = [_Card.read(text) for text in earlier]
-    kind, config, place = _read_config(directory)
+    method = (facts or {}).get("method") or next((c.facts["method"] for c in known if c.facts.get("method")), None)
+    kind, config, place = _read_config(directory, method)
     if kind == "lora_export" and not exported and not any(card.record for card in known):
         raise ValueError(
             f"{directory} is a LORA adapter, whose card PEFT writes. Cards are written here for PEQA and LREC "
@@ -155,11 +165,15 @@ def update_card(
     weights = _digest(place)
     collected = _collect_facts(known, weights)
     collected |= {name: _plain(value) for name, value in (facts or {}).items() if value is not None}
-    if kind == _MERGED:
-        collected["base_quantization"] = _only(_FORMAT, config["quantization_config"])
+    if kind in (_MERGED, _QFT):
+        quantization = config.get("quantization_config") or {}
+        packed = quantization.get("quant_method") == "gptq"
+        collected["base_quantization"] = _only(_FORMAT, quantization) if packed else {}
     elif config.get("base_quantization"):
         collected["base_quantization"] = _only(_FORMAT, config["base_quantization"])
-    trained = _count_tensors(place, None if kind != _MERGED else set(changed))
+    trained = _count_tensors(
+        place, set(changed) if kind == _MERGED else None, _OTHER_ROLE_OF_QFT if kind == _QFT else _OTHER_ROLE
+    )
     if trained:
         collected["trained"] = trained
 
@@ -354,8 +368,12 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def _read_config(directory: Path) -> tuple[str, dict[str, Any], Path]:
-    """The kind of card, the configuration it is about, and where that lies: PEFT saves named adapters one deeper."""
+def _read_config(directory: Path, method: str | None) -> tuple[str, dict[str, Any], Path]:
+    """The kind of card, the configuration it is about, and where that lies: PEFT saves named adapters one deeper.
+
+    Args:
+        method: what made a checkpoint, if that is known.
+    """
     adapters = [directory / "adapter_config.json", *sorted(directory.glob("*/adapter_config.json"))]
     file = next((file for file in (*adapters[:1], directory / "config.json", *adapters[1:]) if file.is_file()), None)
     if file is None:
@@ -372,10 +390,11 @@ def _read_config(directory: Path) -> tuple[str, dict[str, Any], Path]:
                 "for PEQA and LREC adapters and merged GPTQ checkpoints."
             )
         return kind, config, file.parent
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "gptq":
-        method = quantization.get("quant_method")
-        raise ValueError(f"{directory} is not a GPTQ checkpoint: the quantization in its config.json is {method}.")
+    found = (config.get("quantization_config") or {}).get("quant_method")
+    if method == QFT or found == "qft":
+        return _QFT, config, file.parent
+    if found != "gptq":
+        raise ValueError(f"{directory} is not a GPTQ checkpoint: the quantization in its config.json is {found}.")
     return _MERGED, config, file.parent
 
 
@@ -399,7 +418,7 @@ def _digest(place: Path, samples: int = 64, size: int = 4096) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _count_tensors(place: Path, names: set[str] | None) -> list[dict[str, Any]]:
+def _count_tensors(place: Path, names: set[str] | None, other_role: str) -> list[dict[str, Any]]:
     """Tensors, values and bytes by role and dtype, of the named tensors or of all."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for file in _weight_files(place):
@@ -411,7 +430,7 @@ def _count_tensors(place: Path, names: set[str] | None) -> list[dict[str, Any]]:
                     continue
                 entry = tensors.get_slice(name)
                 dtype, values = entry.get_dtype(), math.prod(entry.get_shape())
-                role = next((role for role, pattern in _ROLES if pattern.search(name)), _OTHER_ROLE)
+                role = next((role for role, pattern in _ROLES if pattern.search(name)), other_role)
                 row = rows.setdefault(
                     (role, dtype),
                     {"what": role, "tensors": 0, "values": 0, "dtype": _DTYPES.get(dtype, dtype), "bytes": 0},
@@ -432,7 +451,7 @@ def _task(config: Mapping[str, Any]) -> str | None:
 
 def _metadata(kind: str, base: _Base, task: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The front matter that follows from the facts."""
-    adapter = kind != _MERGED
+    adapter = kind not in (_MERGED, _QFT)
     metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     tags = [*_TAGS[kind]]
     bits = facts.get("base_quantization", {}).get("bits")
@@ -561,6 +580,7 @@ def _render(
         compared_with=facts.get("compared_with", {}),
         texts=list(texts),
         trained=facts.get("trained"),
+        export=facts.get("export"),
         versions=_versions(),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -18,12 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-
-_SAMPLES = 1024
-
-
-class TrainingError(RuntimeError):
-    """Training that does not train what its method claims to train, or that trains something else."""
+from ..proof import TrainingError, require_unchanged, sample
 
 
 class _Snapshot:
@@ -42,20 +37,15 @@ class _Snapshot:
             if not parameter.requires_grad:
                 self.frozen[name] = parameter, parameter._version
             elif name.startswith(tuple(names)):
-                self.trained[name] = parameter, _sample(parameter)
+                self.trained[name] = parameter, sample(parameter)
         for name, layer in model.named_modules():
             if isinstance(layer, layer_class):
                 for buffer_name, buffer in layer.get_base_layer().named_buffers():
                     self.frozen[f"{name}.{buffer_name}"] = buffer, buffer._version
 
     def check(self) -> None:
-        changed = [name for name, (tensor, version) in self.frozen.items() if tensor._version != version]
-        if changed:
-            raise TrainingError(
-                f"The optimizer changed {len(changed)} tensors that are frozen, first {changed[0]}. Give it only the "
-                "parameters with `requires_grad`, after `get_peft_model`."
-            )
-        moved = [name for name, (tensor, before) in self.trained.items() if not torch.equal(_sample(tensor), before)]
+        require_unchanged(self.frozen, "Give it only the parameters with `requires_grad`, after `get_peft_model`.")
+        moved = [name for name, (tensor, before) in self.trained.items() if not torch.equal(sample(tensor), before)]
         if not moved:
             raise TrainingError(
                 f"After the first optimizer step none of the {len(self.trained)} adapter tensors has moved. Build the "
@@ -111,8 +101,3 @@ def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
     """Whether an optimizer holds a parameter of the model in a group whose learning rate is above zero."""
     updated = {id(p) for group in optimizer.param_groups if float(group.get("lr", 1)) > 0 for p in group["params"]}
     return any(id(parameter) in updated for parameter in model.parameters())
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()

@@ -17,10 +17,11 @@ from hub_server import Hub, serve
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftModel, get_peft_model
+from qft_models import assert_equal, int8_llama, trainer
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter, merge_checkpoint
+from peft_quant import LRECConfig, PEQAConfig, export_qft, hotswap_adapter, merge_checkpoint
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the httpx that the client uses
@@ -372,3 +373,57 @@ def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path):
     assert "model.safetensors" not in hub.files("user/trained")
     pulled = PeftModel.from_pretrained(load(checkpoint), path)
     assert torch.equal(logits(pulled, input_ids), logits(model, input_ids))
+
+
+def card_of(hub, repository):
+    return ModelCard(read(hub, repository, "README.md"))
+
+
+def test_an_int8_model(hub, tmp_path):
+    model = int8_llama()
+    model.config._name_or_path = "user/base"
+    with client(hub, tmp_path):
+        model.push_to_hub("user/int8")
+        assert_equal(AutoModelForCausalLM.from_pretrained("user/int8"), model)
+    card = card_of(hub, "user/int8")
+    assert (card.data.library_name, card.data.base_model) == ("transformers", "user/base")
+    assert {"qft", "peft-quant"} <= set(card.data.tags)
+    snippet = card.text.split("```python\n")[1]
+    assert snippet.startswith("import peft_quant")
+    assert 'from_pretrained("user/int8")' in snippet
+    assert "Model Card for Model ID" not in card.text
+
+
+def test_edits_of_an_int8_models_card_survive(hub, tmp_path):
+    model = int8_llama()
+    with client(hub, tmp_path) as endpoint:
+        model.push_to_hub("user/int8")
+        edited = read(hub, "user/int8", "README.md") + "\nMy own words.\n"
+        HfApi(endpoint).upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="user/int8")
+        model.push_to_hub("user/int8")
+    assert card_of(hub, "user/int8").text.endswith("My own words.\n")
+
+
+def test_a_push_by_qft_trainer(hub, tmp_path):
+    with client(hub, tmp_path):
+        run = trainer(tmp_path / "out", push_to_hub=True, hub_model_id="user/trained", max_steps=2)
+        run.train()
+        run.push_to_hub(license="apache-2.0")
+        assert_equal(AutoModelForCausalLM.from_pretrained("user/trained"), run.model)
+    card = card_of(hub, "user/trained")
+    assert card.data.license == "apache-2.0"
+    assert "| training_steps | 2 |" in card.text
+    assert card.text.split("```python\n")[1].startswith("import peft_quant")
+    assert not [name for name in hub.files("user/trained") if name.startswith("checkpoint")]
+
+
+def test_exports_of_an_int8_model(hub, tmp_path, input_ids):
+    model = int8_llama(dtype=torch.float32)
+    with client(hub, tmp_path) as endpoint:
+        for format in ("bf16", "gptq"):
+            export_qft(model, tmp_path / format, format, inputs={"input_ids": input_ids})
+            api = HfApi(endpoint)
+            api.create_repo(f"user/{format}")
+            api.upload_folder(repo_id=f"user/{format}", folder_path=tmp_path / format)
+            assert "import peft_quant" not in card_of(hub, f"user/{format}").text
+        AutoModelForCausalLM.from_pretrained("user/bf16")

@@ -1,0 +1,42 @@
+"""How the weights of a model are held in int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+QUANT_METHOD = "qft"
+
+
+class QFTConfig(QuantizationConfigMixin):
+    """Which weights of a model are int8, and how: the `quantization_config` of QFT.
+
+    Given to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
+    model is never whole on the device; [`quantize_model`] takes it for a model in memory. In the `config.json` of an
+    int8 checkpoint it says what the files hold.
+
+    Args:
+        outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
+        embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
+        modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
+            float.
+
+    Raises:
+        ValueError: a ratio outside of 0 to 0.5.
+    """
+
+    def __init__(
+        self,
+        outlier_ratio: float = 0.01,
+        embeddings: bool = False,
+        modules_to_not_convert: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        if not 0 <= outlier_ratio <= 0.5:
+            raise ValueError(f"outlier_ratio={outlier_ratio}: use a share of 0 to 0.5; the method's is 0.01.")
+        self.quant_method: Any = QUANT_METHOD
+        self.outlier_ratio = outlier_ratio
+        self.embeddings = embeddings
+        self.modules_to_not_convert = modules_to_not_convert

@@ -1,0 +1,100 @@
+"""The policy: which parameters of a model are int8, and which stay in float."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..gptq import is_packed
+from .config import QFTConfig
+
+
+class _Layer(NamedTuple):
+    """A module, and what of its model decides about it."""
+
+    name: str
+    module: nn.Module
+    head: bool
+    tied: bool
+
+
+class Rule(NamedTuple):
+    """A row of the policy; the first that applies to a module decides.
+
+    Attributes:
+        role: what such a module is called in reports.
+        applies: whether it is about a module.
+        int8: whether the `weight` of such modules is int8.
+    """
+
+    role: str
+    applies: Callable[[_Layer], bool]
+    int8: Callable[[QFTConfig, _Layer], bool]
+
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$")
+_ROUTER = re.compile(r"(^|\.)(gate|router|wg|shared_expert_gate|router\.[^.]+)$")
+
+POLICY = (
+    # a head that is tied to the embeddings is the same tensor
+    Rule(
+        "head",
+        lambda layer: layer.head or bool(_HEAD.search(layer.name)),
+        lambda config, layer: layer.tied and config.embeddings,
+    ),
+    # a few rows, which choose the experts
+    Rule("router", lambda layer: bool(_ROUTER.search(layer.name)), lambda config, layer: False),
+    Rule(
+        "linear layer",
+        lambda layer: isinstance(layer.module, (nn.Linear, Conv1D)) or is_packed(layer.module),
+        lambda config, layer: True,
+    ),
+    Rule("embedding", lambda layer: isinstance(layer.module, nn.Embedding), lambda config, layer: config.embeddings),
+)
+"""Everything else (norms, biases, experts in one tensor) stays in float."""
+
+
+def int8_modules(model: nn.Module, config: QFTConfig) -> dict[str, nn.Module]:
+    """The modules whose `weight` is int8 under a config, by name.
+
+    Raises:
+        ValueError: no linear layer is among them.
+    """
+    found, linear = {}, 0
+    skipped = config.modules_to_not_convert or []
+    for layer in _layers(model):
+        rule = next((rule for rule in POLICY if rule.applies(layer)), None)
+        if rule is None or not rule.int8(config, layer) or any(_is_named(layer.name, entry) for entry in skipped):
+            continue
+        found[layer.name] = layer.module
+        linear += rule.role == "linear layer"
+    if not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to hold in int8"
+            + (f" beside modules_to_not_convert={skipped}" if skipped else "")
+            + ": QFT quantizes the `weight` of nn.Linear, Conv1D and GPTQ layers."
+        )
+    return found
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = whole.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    layers = []
+    for name, module in model.named_modules():
+        is_head = module is head
+        tied = is_head and (
+            getattr(head, "weight", None) is getattr(embedding, "weight", ...)
+            or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
+        )
+        layers.append(_Layer(name, module, is_head, tied))
+    return layers
+
+
+def _is_named(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}") or name.startswith(f"{entry}.")

@@ -1,0 +1,28 @@
+"""The report of what a run holds in memory, from plain rows."""
+
+from peft_quant.report.memory import MemoryReport, MemoryRow
+
+
+REPORT = MemoryReport(
+    [
+        MemoryRow("weights", "int8, fp32 scales", 1_000_000, 1_004_000, True),
+        MemoryRow("momentum", "int8", 1_000_000, 1_000_000, True),
+        MemoryRow("logits", "fp32", 500_000, 2_000_000, False),
+    ],
+    parameters=1_000_000,
+)
+
+
+def test_sums():
+    assert REPORT.states == 2_004_000
+    assert REPORT.total == 4_004_000
+    # fp32 AdamW: a weight, a gradient and two moments, 4 bytes each
+    assert REPORT.share_of_adam == 2_004_000 / 16_000_000
+
+
+def test_table():
+    lines = str(REPORT).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["weights", "momentum", "logits", "states", "estimated"]
+    assert lines[1].split() == ["weights", "int8,", "fp32", "scales", "1,000,000", "1.0"]
+    assert "12.5% of fp32 AdamW" in lines[4]
+    assert lines[5].endswith("4.0")
