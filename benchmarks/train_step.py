@@ -39,7 +39,9 @@ OWN_SETTINGS = ("compile", "liger", "recompute_pointwise")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", nargs="+", choices=METHODS, default=["ours"])
-    parser.add_argument("--method", nargs="+", choices=dict.fromkeys(sum(METHODS.values(), ())), default=["peqa", "lora"])
+    parser.add_argument(
+        "--method", nargs="+", choices=dict.fromkeys(sum(METHODS.values(), ())), default=["peqa", "lora"]
+    )
     parser.add_argument("--shape", choices=("7b", "65b", "tiny"), default="7b")
     parser.add_argument("--bits", type=int, default=4, help="of ours, gptqmodel and hqq")
     parser.add_argument("--group", type=int, default=128, help="of ours, gptqmodel and hqq; -1: one group")

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[demo]"]
 # ///
-"""Fine-tune every parameter of a model in int8 with QFTTrainer, beside the same in fp32 and LoRA, and export the result.
+"""Fine-tune every parameter of a model in int8 with QFTTrainer, beside fp32 and LoRA, and export the result.
 
 Without arguments, on a CPU and without a model hub: SmolLM2-135M-Instruct is tuned on the King James Bible with int8
 weights, gradients and momentum, and by fp32 Lion; then it is written as a plain bf16 and an 8-bit GPTQ checkpoint.
@@ -31,6 +31,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,13 @@ def load_float(model: str, dtype: str = "float32", **options: Any) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), device_map=DEVICE, **options)
 
 
-def train(settings: Settings, held_out: dict[str, torch.Tensor], directory: Path | None) -> dict[str, Any]:
+def train(settings: Settings, held_out: dict[str, torch.Tensor], work: Path, save: bool) -> dict[str, Any]:
     """Train one row and measure it.
 
     Args:
         held_out: texts to measure the loss on, by name.
-        directory: where to save the model and its exports; None for neither.
+        work: directory of all runs.
+        save: whether to save the model, and its exports, there.
     """
     row = ROWS[settings.row]
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -158,7 +160,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], directory: Path
     batch = windows(tokenizer, settings.train_text, settings.sequence_length, settings.steps * settings.batch_size)
     dataset = [{"input_ids": window, "labels": window} for window in batch]
     common: dict[str, Any] = {
-        "output_dir": f"{directory or 'unsaved'}-trainer",
+        "output_dir": str(work / "trainer"),
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
         "learning_rate": settings.learning_rate,
@@ -191,16 +193,18 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], directory: Path
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    result = {"before": losses(before), "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else None}
+    result: dict[str, Any] = {"before": losses(before)}
+    if DEVICE == "cuda":
+        result["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     result["after"] = losses(evaluate(model, held_out))
     result["history"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if isinstance(trainer, peft_quant.QFTTrainer):
         result["states_gb"] = trainer.memory_report.states / 1e9
         result["share_of_adam"] = trainer.memory_report.share_of_adam
         print(f"\n{trainer.memory_report}")
-        if directory is not None:
-            trainer.save_model(str(directory))
-            result["exports"] = export(model, tokenizer, directory, next(iter(held_out.values()))[:1, :128])
+        if save:
+            trainer.save_model(str(work / settings.name))
+            result["exports"] = export(model, tokenizer, work / settings.name, held_out["tuned"][:1, :128])
     return result
 
 
@@ -235,7 +239,9 @@ def main() -> None:
     parser.add_argument("--text", choices=("king-james", "wordnet"), default="king-james", help="to tune on")
     parser.add_argument("--dataset", help="text file or Hub data set to tune on instead")
     parser.add_argument("--column", default="text", help="column of a Hub data set")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(BY_DEFAULT), metavar="ROW", help="rows to train")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(BY_DEFAULT), metavar="ROW", help="rows to train"
+    )
     parser.add_argument("--all", action="store_true", help="train all rows that can be on this machine")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -283,13 +289,16 @@ def main() -> None:
                 print(f"{row}: needs a GPU, left out")
                 break
             run = settings(row, seed)
-            saved = work / run.name if row == "QFT" and seed == arguments.seeds[0] else None
-            stages(run).run(f"{row}, seed {seed}", lambda: train(run, held_out, saved), saved)  # noqa: B023
-    finished = {
-        row: [results[f"{row}, seed {seed}"] for seed in arguments.seeds if (results := stages(settings(row, seed)).results)]
-        for row in ROWS
-    }
-    report(name, {row: runs for row, runs in finished.items() if runs})
+            save = row == "QFT" and seed == arguments.seeds[0]
+            train_and_save = partial(train, run, held_out, work, save)
+            stages(run).run(f"{row}, seed {seed}", train_and_save, work / run.name if save else None)
+    finished: dict[str, list[dict[str, Any]]] = {}
+    for row in ROWS:
+        for seed in arguments.seeds:
+            results = stages(settings(row, seed)).results
+            if results:
+                finished.setdefault(row, []).append(results[f"{row}, seed {seed}"]["value"])
+    report(name, finished)
 
 
 def read_text(arguments: argparse.Namespace, work: Path) -> tuple[str, tuple[str, str]]:
@@ -310,27 +319,31 @@ def report(name: str, finished: dict[str, list[dict[str, Any]]]) -> None:
     reference = finished.get("fp32 Lion")
     print(f"\n| held-out loss, nats a token | seeds | {name} | against fp32 Lion | Wikipedia | states, GB |")
     print("|---|---|---|---|---|---|")
-    first = next(iter((reference or next(iter(finished.values())))))["value"]["before"]
+    first = next(iter(finished.values()))[0]["before"]
     print(f"| {START} | | {first['tuned']:.4f} | | {first['general']:.4f} | |")
     for row, runs in finished.items():
-        tuned, general = ([run["value"]["after"][text] for run in runs] for text in ("tuned", "general"))
+        tuned, general = ([run["after"][text] for run in runs] for text in ("tuned", "general"))
         against = ""
         if reference:
-            baseline = statistics.mean(run["value"]["after"]["tuned"] for run in reference)
+            baseline = statistics.mean(run["after"]["tuned"] for run in reference)
             against = f"{statistics.mean(tuned) / baseline - 1:+.2%}"
         spread = f" ± {statistics.stdev(tuned):.4f}" if len(tuned) > 1 else ""
-        states = runs[0]["value"].get("states_gb")
+        states = f"{runs[0]['states_gb']:.3f}" if "states_gb" in runs[0] else ""
+        cells = [
+            row,
+            len(runs),
+            f"{statistics.mean(tuned):.4f}{spread}",
+            against,
+            f"{statistics.mean(general):.4f}",
+            states,
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    for name, error in finished.get("QFT", [{}])[0].get("exports", {}).items():
         print(
-            f"| {row} | {len(runs)} | {statistics.mean(tuned):.4f}{spread} | {against} | {statistics.mean(general):.4f} | "
-            f"{'' if states is None else f'{states:.3f}'} |"
+            f"\nlogits of the export to {name}, against the int8 model's (largest {error['largest_logit']:.1f}): ",
+            end="",
         )
-    for run in finished.get("QFT", [])[:1]:
-        for format, error in run["value"].get("exports", {}).items():
-            print(
-                f"\nexport to {format}: logits are off by {error['largest']:.3f} at most, {error['mean']:.4f} on average "
-                f"(largest logit {error['largest_logit']:.1f})",
-                end="",
-            )
+        print(f"off by {error['largest']:.3f} at most, {error['mean']:.4f} on average", end="")
     print(f"\n\n{versions()}")
 
 

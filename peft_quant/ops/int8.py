@@ -20,7 +20,7 @@ from .rounding import dither, random_words, round_to_dtype
 BLOCK = 256
 LARGEST = 127
 NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
-_RUN = 1 << 20  # elements, whole blocks
+_RUN = 1 << 18  # elements, whole blocks; what is computed of them stays in a CPU's cache
 # what the largest of a block becomes: so little below 127 that no noise rounds it to 128
 RANGE = LARGEST - 2.0**-13
 # below it, a block counts as zero: the inverse of its scale would overflow
@@ -107,7 +107,7 @@ def encode_weight(
     scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
     empty = scales <= SMALLEST
     mean = scales.sum() / (~empty).sum().clamp(min=1)
-    scales = torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales)
+    scales = _as_fp16_has_them(torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales))
     return _codes(rest, scales, None), scales, columns, values
 
 
@@ -129,11 +129,17 @@ def refresh_weight(
         largest = rest.view(*before.shape, -1).abs().amax(2)
         share = largest / before
         misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
-        after = torch.where(misfit, largest * (_ROOM / LARGEST), before)
+        after = torch.where(misfit, _as_fp16_has_them(largest * (_ROOM / LARGEST)), before)
         noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
         for part, new in zip(parts, (_codes(rest, after, noise.view_as(rest)), after, *outliers)):
             if part is not None:
                 part.copy_(new)
+
+
+def _as_fp16_has_them(scales: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to fp16, in which GPTQ checkpoints store them, as far as its normal numbers go."""
+    rounded = scales.half().float()
+    return torch.where((scales >= 2.0**-14) & rounded.isfinite(), rounded, scales)
 
 
 def _without_outliers(
@@ -222,8 +228,9 @@ def lion_step(
     rounding: int,
     key: int,
 ) -> None:
-    finite = norm.isfinite()
-    skipped += ~finite
+    if not norm.isfinite():
+        skipped += 1
+        return
     factor = torch.where(norm > max_norm, (norm + 1e-6).reciprocal() * max_norm, 1)
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
     flat: Any = [None if t is None else t.view(-1) for t in (weight, weight_scales, momentum, residual)]
@@ -247,19 +254,21 @@ def lion_step(
             new = w.float() * keep - lr * sign
             new = new.to(w.dtype) if rounding == NEAREST else round_to_dtype(new, w.dtype, words.view(-1)[:count])
         else:
-            group = torch.arange(run.start, run.stop, device=w.device).div_(group_size, rounding_mode="floor")
-            exact = w.float() * keep - (scales.reciprocal() * lr)[group] * sign
+            first = run.start // group_size
+            steps = scales[first : -(-run.stop // group_size)].reciprocal() * lr
+            steps = steps.repeat_interleave(group_size)[run.start - first * group_size :][:count]
+            exact = w.float() * keep - steps * sign
             noise = dither(words, 0).view(-1)[:count]
             if rounding == ERROR_FEEDBACK:
                 exact += rest[run].float() * 2.0**-8
             new = (exact + noise if rounding == STOCHASTIC else exact).round().clamp_(-128, LARGEST)
             if rounding == ERROR_FEEDBACK:
-                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST).round_().to(torch.int8)
-                rest[run] = torch.where(finite, left, rest[run])
-        weight[run] = torch.where(finite, new.to(w.dtype), w)
+                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST)
+                rest[run] = left.round_().to(torch.int8)
+        weight[run] = new.to(w.dtype)
         if momentum_scales is None:
-            momentum[run] = torch.where(finite, m.view(-1)[:count], momentum[run])
+            momentum[run] = m.view(-1)[:count]
         else:
             integers, new_scales = _encode(m, dither(words, 1))
-            momentum[run] = torch.where(finite, integers.view(-1)[:count].to(torch.int8), momentum[run])
-            momentum_scales[blocks] = torch.where(finite, new_scales[:, 0], momentum_scales[blocks])
+            momentum[run] = integers.view(-1)[:count].to(torch.int8)
+            momentum_scales[blocks] = new_scales[:, 0]

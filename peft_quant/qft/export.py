@@ -61,8 +61,8 @@ def export_qft(
     | `gptq` | the integers of the blocks' linear layers as 8-bit GPTQ, symmetric, with scales in fp16; all else
     decoded |
 
-    GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without outliers the
-    integers are those that were trained, and the scales too if they came from a GPTQ checkpoint. On the CPU, it takes
+    GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without
+    outliers, integers and scales are those that were trained. On the CPU, it takes
     as much memory as the checkpoint.
 
     Args:

@@ -216,7 +216,7 @@ class QFTMixin:
 
     def _write_card(self, directory: Path, earlier: list[str]) -> None:
         trainer: Any = self
-        names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm", "max_parameter_norm")
+        names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
         settings = {
             **extract_hyperparameters_from_trainer(trainer),
             "optimizer": f"QuantizedLion, betas {self.args.lion_beta1}, {self.args.lion_beta2}",
@@ -384,7 +384,8 @@ def _check_arguments(trainer: Any) -> None:
         raise TypeError(f"`args` is a {type(args).__name__}: use QFTArguments, which says what is quantized.")
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # the defaults
         raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} was asked for, but weights in int8 need QuantizedLion: leave it out."
+            f"optim={OptimizerNames(args.optim).value!r} was asked for, but weights in int8 need QuantizedLion: "
+            "leave it out."
         )
     if trainer.accelerator.mixed_precision == "fp16":
         raise ValueError("accelerate is set to fp16, which needs float gradients to unscale: use bf16.")

@@ -191,7 +191,7 @@ class TestRefresh:
         before = ops.decode_weight(codes, scales, None, None, torch.float32)
         old = scales.clone()
         ops.refresh_weight(codes, scales, None, None, 1)
-        torch.testing.assert_close(scales, old * 1.125, rtol=1e-6, atol=0)
+        torch.testing.assert_close(scales, old * 1.125, rtol=2**-11, atol=0)  # scales are rounded to fp16
         assert codes.abs().max() < 115
         after = ops.decode_weight(codes, scales, None, None, torch.float32)
         assert ((after - before).abs() <= scales).all()
@@ -201,7 +201,7 @@ class TestRefresh:
         codes[0, 0] = 60
         scales = torch.tensor([[0.5]])
         ops.refresh_weight(codes, scales, None, None, 1)
-        torch.testing.assert_close(scales, torch.tensor([[60 * 0.5 * 1.125 / 127]]))
+        torch.testing.assert_close(scales, torch.tensor([[60 * 0.5 * 1.125 / 127]]), rtol=2**-11, atol=0)
         decoded = ops.decode_weight(codes, scales, None, None, torch.float32)[0, 1:]
         assert (decoded != 5.5).any()
         assert abs(decoded.mean() - 5.5) < scales.item() * spread(1, 4095)

@@ -35,7 +35,8 @@ class TestBF16:
     def test_it_is_the_model(self, tmp_path, input_ids, config, tied):
         model = int8_llama(config, tie_word_embeddings=tied)
         before = contents(model)
-        error = export_qft(model, tmp_path / "out", "bf16", inputs={"input_ids": input_ids}, tokenizer=tiny_tokenizer())
+        inputs = {"input_ids": input_ids}
+        error = export_qft(model, tmp_path / "out", "bf16", inputs=inputs, tokenizer=tiny_tokenizer())
         assert error.largest_logit == logits(model, input_ids).abs().max().item()
         assert_equal(model, before)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -86,6 +87,8 @@ class TestGPTQ:
         loaded = load(tmp_path / "out", bits=8)
         # the engine rounds decoded weights to 16 bits
         assert error_of(loaded, model, input_ids) == pytest.approx(error.largest, abs=5e-3 * error.largest_logit)
+        # without outliers nothing is lost: scales are chosen as fp16 has them
+        assert (error.largest == 0) == (config.outlier_ratio == 0)
         assert error.largest < 0.1 * error.largest_logit
         quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert (quantization["bits"], quantization["group_size"], quantization["sym"]) == (8, -1, True)
@@ -151,7 +154,9 @@ class TestGPTQ:
 
     def test_features_that_cannot_be_packed(self, tmp_path):
         model = int8_llama(intermediate_size=90)
-        with pytest.raises(ValueError, match=r"gate_proj has 64 in- and 90 out-features, and GPTQ packs 8 bits in fours"):
+        with pytest.raises(
+            ValueError, match=r"gate_proj has 64 in- and 90 out-features, and GPTQ packs 8 bits in fours"
+        ):
             export_qft(model, tmp_path / "out", "gptq")
         assert not (tmp_path / "out").exists()
 
