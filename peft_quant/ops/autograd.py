@@ -94,9 +94,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """`y + scaling * a @ b`; overwrites `y`, but for the compiler, which fuses the sum into what follows."""
-    if isinstance(y, FunctionalTensor):
-        return y + _product(a, b) * scaling
-    if eager.compute_dtype(y) == y.dtype:
-        return y.addmm_(a, b, alpha=scaling)
-    return y.add_(_product(a, b), alpha=scaling)
+    """`y + scaling * a @ b`; overwrites `y`."""
+    # called directly, an operator would cost more than its work
+    add_product = torch.ops.peft_quant.add_product_ if isinstance(y, FunctionalTensor) else eager.add_product_
+    add_product(y, a, b, scaling)
+    return y

@@ -72,6 +72,14 @@ def _decoded(
             start = block.stop
 
 
+def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+    dtype = compute_dtype(y)
+    if dtype == y.dtype:
+        y.addmm_(a, b, alpha=scaling)
+    else:
+        y.add_((a.to(dtype) @ b.to(dtype)).to(y.dtype), alpha=scaling)
+
+
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
     if x.device.type != "cpu":
         return x @ dequantize(*(*packed, x.dtype))

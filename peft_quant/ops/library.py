@@ -10,6 +10,8 @@ Symbols: `M` tokens (any number of leading dimensions), `K` in-features, `N` out
 | `scales` | `[G, N]` floating point | scales; the product is formed with their fp32 value |
 | `g_idx` | `[K]` int32, or None | group of every row (act-order); None when row `k` is in group `k // group_size` |
 | `zero_offset` | 0 or 1 | 0: `gptq_v2` zero points, 1: `gptq` (v1) ones, stored minus one |
+
+`add_product_` adds the low-rank branch, `y += scaling * a @ b` of `[M, R]` and `[R, N]`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _SCHEMAS = {
     "dequantize": f"({_PACKED}, ScalarType dtype) -> Tensor",
     "linear": f"(Tensor x, {_PACKED}) -> Tensor",
     "linear_grad_x": f"(Tensor dy, {_PACKED}) -> Tensor",
+    "add_product_": "(Tensor(a!) y, Tensor a, Tensor b, float scaling) -> ()",
     "linear_grad_scales": f"(Tensor x, Tensor dy, {_PACKED.replace('Tensor scales, ', '')}) -> Tensor",
 }
 
@@ -84,6 +87,11 @@ def _(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset):
 @torch.library.register_fake("peft_quant::linear_grad_x")
 def _(dy, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset):
     return dy.new_empty(*dy.shape[:-1], qweight.shape[0] * 32 // bits)
+
+
+@torch.library.register_fake("peft_quant::add_product_")
+def _(y, a, b, scaling):
+    return None
 
 
 @torch.library.register_fake("peft_quant::linear_grad_scales")

@@ -23,6 +23,7 @@ _DECODE_TILE = (64, 128)
 _ACT_ORDER_TILE = (16, 256)
 _FEW_TOKENS_TILE = (64, 64)
 _FEW_TOKENS_SPLITS = 8
+_ADD_PRODUCT_TILE = (64, 128)
 _TILE_ROWS = 128
 _TILE_COLUMNS = 64
 _PRODUCT_ROWS = 4096
@@ -159,6 +160,28 @@ def _few_tokens_kernel(
 
 
 @triton.jit
+def _add_product_kernel(
+    y_ptr, a_ptr, b_ptr, rows, columns, rank, scaling, a_row, a_rank, b_rank, b_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """`y += scaling * a @ b`; `a_row` to `b_column` are strides."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, rank, RANK):
+        r = first + tl.arange(0, RANK)
+        inside = (row < rows)[:, None] & (r < rank)[None, :]
+        a = tl.load(a_ptr + row[:, None].to(tl.int64) * a_row + r[None, :] * a_rank, mask=inside, other=0)
+        inside = (r < rank)[:, None] & (column < columns)[None, :]
+        b = tl.load(b_ptr + r[:, None].to(tl.int64) * b_rank + column[None, :] * b_column, mask=inside, other=0)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    pointers = y_ptr + row[:, None].to(tl.int64) * columns + column[None, :]
+    y = tl.load(pointers, mask=inside, other=0).to(tl.float32) + scaling * sums
+    tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _codes_of_rows(q_ptr, row, column, columns, mask, BITS: tl.constexpr):
     """Codes of single rows, int32 `[rows, columns]`."""
     bit = row * BITS
@@ -289,6 +312,28 @@ def _linear_for_few_tokens(
         num_warps=2,
     )
     return sums.sum(0).to(x.dtype).view(*x.shape[:-1], columns)
+
+
+def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+    """In compiled code `addmm` would copy `y` first."""
+    rows, columns = y.shape
+    tile_rows, tile_columns = _ADD_PRODUCT_TILE
+    grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
+    _launcher(_add_product_kernel, y)[grid](
+        y,
+        a,
+        b,
+        rows,
+        columns,
+        a.shape[1],
+        scaling,
+        *a.stride(),
+        *b.stride(),
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
+        RANK=16 if a.shape[1] <= 16 else 32,
+        num_warps=4,
+    )
 
 
 def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:

@@ -115,3 +115,15 @@ def test_linear_and_gradient_of_x(dtype):
     torch.testing.assert_close(y.cpu().float(), reference.linear(x, weight), **close)
     dx = kernels.linear_grad_x(dy.to(DEVICE), *packed_arguments)
     torch.testing.assert_close(dx.cpu().float(), reference.linear_grad_x(dy, weight), **close)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("rank", (1, 16, 40))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_add_product(dtype, rank, transposed):
+    y, a = (torch.randn(70, size, device=DEVICE).to(dtype) for size in (150, rank))
+    b = torch.randn(150, rank, device=DEVICE).to(dtype).t() if transposed else torch.randn(rank, 150).to(DEVICE, dtype)
+    expected = y.double() + 0.5 * a.double() @ b.double()
+    kernels.add_product_(y, a, b, 0.5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-10
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
