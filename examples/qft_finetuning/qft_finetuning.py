@@ -205,6 +205,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], work: Path, sav
         if save:
             trainer.save_model(str(work / settings.name))
             result["exports"] = export(model, tokenizer, work / settings.name, held_out["tuned"][:1, :128])
+            write_card(settings, held_out, result, work / settings.name)
     return result
 
 
@@ -231,6 +232,15 @@ def export(model: PreTrainedModel, tokenizer: Any, directory: Path, ids: torch.T
         error = peft_quant.export_qft(model, target, name, inputs=inputs, tokenizer=tokenizer)
         errors[name] = asdict(error)
     return errors
+
+
+def write_card(settings: Settings, held_out: dict[str, torch.Tensor], result: dict[str, Any], directory: Path) -> None:
+    """What the int8 model's card cannot know by itself."""
+    options = {name: value for name, value in asdict(settings).items() if name not in ("row", "model", "train_text")}
+    before, after = (
+        {name: round(math.exp(result[when][name]), 2) for name in held_out} for when in ("before", "after")
+    )
+    peft_quant.write_model_card(directory, settings=options, perplexity=after, compared_with={"before": before})
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -94,11 +94,17 @@ def export_qft(
         skeleton.save_pretrained(unfinished, state_dict=_tensors(model, packed, dtype if format == "bf16" else None))
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        measured = None if error is None else {name.replace("_", " "): value for name, value in asdict(error).items()}
+        measured = None
+        if error is not None:
+            measured = {
+                "largest difference": error.largest,
+                "mean difference": error.mean,
+                "largest logit": error.largest_logit,
+            }
         update_card(
             unfinished,
             bases=[model.config._name_or_path],
-            facts={"method": QFT, "export": {"dtype": str(dtype).removeprefix("torch."), "logit_error": measured}},
+            facts={"method": QFT, "export": {"format": format, "logit_error": measured}},
         )
     return error
 

@@ -183,7 +183,7 @@ def test_the_card(tmp_path, input_ids, format):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("transformers", "user/base")
     assert card.data.base_model_relation == "finetune"
-    assert f"| largest | {error.largest:.3g} |" in card.text
+    assert f"| largest difference | {error.largest:.3g} |" in card.text
     assert "import peft_quant" not in card.text
     assert ("## Served by" in card.text) == (format == "gptq")
     assert ("8-bit" in card.data.tags) == (format == "gptq")
