@@ -1,11 +1,12 @@
-"""Perplexities of `examples/lrec_correction`: from the results of its runs to `results/quality.csv`, and its table.
+"""Quality of the examples of LREC and QFT: from the results of their runs to `results/quality.csv`, and their tables.
 
     python examples/lrec_correction/lrec_correction.py --bits 2 --asymmetric --output 2bit.json
-    python benchmarks/quality.py 2bit.json   # appends, then prints
-    python benchmarks/quality.py             # prints
+    python examples/qft_finetuning/qft_finetuning.py --output qft.json
+    python benchmarks/quality.py 2bit.json qft.json   # appends, then prints
+    python benchmarks/quality.py                      # prints
 
-A cell is the mean over seeds, with the largest deviation from it where there are several. Beside it is the part of the
-gap between GPTQ and float that it closes.
+A cell is the mean over seeds, with the largest deviation from it where there are several. Beside it is, for LREC, the
+part of the gap between GPTQ and float that it closes; for QFT, its difference from Lion in fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from record import append
 
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = "SmolLM2-135M-Instruct"
 EXAMPLE = "python examples/lrec_correction/lrec_correction.py"
+FULL_EXAMPLE = "python examples/qft_finetuning/qft_finetuning.py"
+FULL_REFERENCE = "fp32 Lion"
 CORPORA = {"general": "Wikipedia", "task": "King James"}
 METHODS = {
     "float": ("float", ""),
@@ -42,10 +46,18 @@ UNTRAINED = ("float", "gptq", "eora", "svd", "whitened")
 
 
 def record(file: Path, directory: Path) -> None:
-    """Append the rows of a run of the example."""
+    """Append the rows of a run of an example."""
     run = json.loads(file.read_text(encoding="utf-8"))
-    options = run["options"]
     gpu, _, packages = run["versions"].partition("; ")
+    where = f"{packages}; {gpu}".replace(", ", "; ")
+    if "text" in run:
+        _record_full(run, where, directory)
+    else:
+        _record_lrec(run, where, directory)
+
+
+def _record_lrec(run: dict[str, Any], where: str, directory: Path) -> None:
+    options = run["options"]
     for name, perplexities in run["rows"].items():
         if name not in METHODS:
             continue
@@ -55,7 +67,7 @@ def record(file: Path, directory: Path) -> None:
             append(
                 "quality",
                 directory,
-                model="SmolLM2-135M-Instruct",
+                model=MODEL,
                 method=method,
                 init=init,
                 bits=options["bits"] if method != "float" else "",
@@ -68,9 +80,35 @@ def record(file: Path, directory: Path) -> None:
                 tokens=options["windows"] * 511,
                 ppl=round(perplexity, 3),
                 loss=round(math.log(perplexity), 4),
-                versions=f"{packages}; {gpu}".replace(", ", "; "),
+                versions=where,
                 command=_command(options, name),
             )
+
+
+def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
+    """Full fine-tuning: `method` is the example's name for a row, `bits` those of its weights."""
+    options = run["options"]
+    names = ("text", "steps", "batch_size", "sequence_length", "windows", "dtype")
+    words = [FULL_EXAMPLE, *(f"--{name.replace('_', '-')} {options[name]}" for name in names)]
+    for name, results in run["rows"].items():
+        for result in results:
+            for corpus, loss in result["after"].items():
+                append(
+                    "quality",
+                    directory,
+                    model=MODEL,
+                    method=name,
+                    bits=8 if name.startswith("QFT") else 32,
+                    seed=result["seed"],
+                    train_tokens=options["steps"] * options["batch_size"] * options["sequence_length"],
+                    corpus=run["text"] if corpus == "tuned" else "Wikipedia",
+                    split="held-out",
+                    tokens=options["windows"] * 511,
+                    ppl=round(math.exp(loss), 3),
+                    loss=round(loss, 4),
+                    versions=where,
+                    command=" ".join([*words, f"--seeds {result['seed']} --only '{name}'"]),
+                )
 
 
 def _command(options: dict[str, Any], row: str) -> str:
@@ -86,12 +124,21 @@ def _command(options: dict[str, Any], row: str) -> str:
 
 
 def show(directory: Path) -> None:
-    """Print a table for each base, of held-out perplexities."""
-    cells: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Print the tables of held-out text."""
     with (directory / "quality.csv").open(encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if line["split"] == "held-out":
-                cells[_row(line)][line["corpus"]].append(float(line["ppl"]))
+        lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
+    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    if of_lrec:
+        show_lrec(of_lrec)
+    if len(of_lrec) < len(lines):
+        show_full([line for line in lines if line not in of_lrec])
+
+
+def show_lrec(lines: list[dict[str, str]]) -> None:
+    """Print perplexities, a table for each base."""
+    cells: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        cells[_row(line)][line["corpus"]].append(float(line["ppl"]))
     floor = next(row for row in cells if row[0] == "float")
     for base in (row for row in cells if row[0] == "gptq"):
         print(f"\n{base[2]} bits, groups of {base[3]}\n\n| | " + " | | ".join(CORPORA.values()) + " | |")
@@ -126,9 +173,34 @@ def _title(row: tuple[str, ...]) -> str:
 
 def _cells(values: list[float], base: float, floor: float) -> tuple[str, str]:
     mean = statistics.fmean(values)
-    spread = f" ± {max(abs(value - mean) for value in values):.2f}" if len(set(values)) > 1 else ""
     is_end, has_gap = mean in (base, floor), base > 1.01 * floor
-    return f"{mean:.2f}{spread}", f"{(base - mean) / (base - floor):.0%}" if has_gap and not is_end else ""
+    return _mean(values, 2), f"{(base - mean) / (base - floor):.0%}" if has_gap and not is_end else ""
+
+
+def show_full(lines: list[dict[str, str]]) -> None:
+    """Print losses of full fine-tuning, nats a token, a column for each text tuned on."""
+    losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["corpus"] != "Wikipedia":
+            losses[line["method"]][line["corpus"]].append(float(line["loss"]))
+    corpora = list(dict.fromkeys(corpus for of_method in losses.values() for corpus in of_method))
+    print(f"\nFull fine-tuning\n\n| | {' | | seeds | '.join(corpora)} | | seeds |")
+    print("|---" * (1 + 3 * len(corpora)) + "|")
+    for method, of_method in losses.items():
+        texts = []
+        for corpus in corpora:
+            values, reference = of_method[corpus], losses[FULL_REFERENCE][corpus]
+            difference = statistics.fmean(values) / statistics.fmean(reference) - 1 if values and reference else 0
+            texts += [_mean(values, 4), f"{difference:+.2%}" if difference else "", str(len(values) or "")]
+        print("| " + " | ".join([method, *texts]) + " |")
+
+
+def _mean(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    spread = f" ± {max(abs(value - mean) for value in values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def main() -> None:

@@ -269,6 +269,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/qft_finetuning"))
+    parser.add_argument("--output", type=Path, help="JSON file of the options and the results")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(ROWS))
@@ -307,8 +308,12 @@ def main() -> None:
         for seed in arguments.seeds:
             results = stages(settings(row, seed)).results
             if results:
-                finished.setdefault(row, []).append(results[f"{row}, seed {seed}"]["value"])
+                finished.setdefault(row, []).append({"seed": seed, **results[f"{row}, seed {seed}"]["value"]})
     report(name, finished)
+    if arguments.output is not None:
+        options = {option: value for option, value in vars(arguments).items() if not isinstance(value, Path)}
+        output = {"text": name, "options": options, "rows": finished, "versions": versions()}
+        arguments.output.write_text(json.dumps(output, indent=2) + "\n", encoding="utf-8")
 
 
 def read_text(arguments: argparse.Namespace, work: Path) -> tuple[str, tuple[str, str]]:

@@ -80,7 +80,7 @@ class QFTArguments(TrainingArguments):
     lion_beta1: float = field(default=0.9, metadata={"help": "Share of the momentum in an update of Lion."})
     lion_beta2: float = field(default=0.99, metadata={"help": "Share of the old momentum in Lion's new one."})
     refresh_steps: int = field(
-        default=0,
+        default=100,
         metadata={"help": "Optimizer steps between two choices of the weights' scales and outliers; 0 for never."},
     )
     max_parameter_norm: float = field(
