@@ -58,12 +58,10 @@ def export_qft(
     | format | what is written |
     |---|---|
     | `bf16` | every parameter, decoded and rounded to bf16 |
-    | `gptq` | the integers of the blocks' linear layers as 8-bit GPTQ, symmetric, with scales in fp16; all else
-    decoded |
+    | `gptq` | the blocks' linear layers as 8-bit GPTQ, symmetric, with scales in fp16; all else decoded |
 
-    GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without
-    outliers, integers and scales are those that were trained. On the CPU, it takes
-    as much memory as the checkpoint.
+    GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without outliers,
+    integers and scales are those that were trained. It takes as much memory on the CPU as the checkpoint.
 
     Args:
         model: the model, which stays as it is.

@@ -24,8 +24,7 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
     | from | to |
     |---|---|
     | a float layer (nn.Linear, Conv1D) | int8 by round-to-nearest, and the largest weights of each row as outliers |
-    | GPTQ, 8 bits, symmetric, whole groups, no act-order | the checkpoint's integers and scales as they are, no
-    outliers |
+    | GPTQ, 8 bits, symmetric, whole groups, no act-order | its integers and scales as they are, no outliers |
     | other GPTQ | decoded, then as a float layer |
 
     Norms, biases, routers, embeddings and the head stay as they are. `AutoModelForCausalLM.from_pretrained(...,

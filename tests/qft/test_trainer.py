@@ -95,6 +95,15 @@ class TestTraining:
         # layers may end in another order, and round by other random numbers
         assert found == pytest.approx(expected, rel=0.1)
 
+    def test_compiled(self, tmp_path):
+        expected = losses(trainer(tmp_path, max_steps=6))
+        torch._dynamo.utils.counters.clear()
+        with torch._dynamo.config.patch(disable=False):
+            found = losses(trainer(tmp_path, max_steps=6, torch_compile=True, torch_compile_backend="aot_eager"))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        # gradients come in another order, and are summed in another one
+        assert found == pytest.approx(expected, rel=0.1)
+
     def test_evaluation_generation_and_callbacks(self, tmp_path):
         class Generate(TrainerCallback):
             lengths = []
