@@ -101,7 +101,7 @@ def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
                     bits=8 if name.startswith("QFT") else 32,
                     seed=result["seed"],
                     train_tokens=options["steps"] * options["batch_size"] * options["sequence_length"],
-                    corpus=run["text"] if corpus == "tuned" else "Wikipedia",
+                    corpus=corpus,
                     split="held-out",
                     tokens=options["windows"] * 511,
                     ppl=round(math.exp(loss), 3),

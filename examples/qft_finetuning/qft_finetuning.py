@@ -118,6 +118,7 @@ ROWS = {
 }
 BY_DEFAULT = ("QFT", "fp32 Lion")
 START = "start"
+GENERAL = "Wikipedia"
 
 
 @dataclass
@@ -204,7 +205,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], work: Path, sav
         print(f"\n{trainer.memory_report}")
         if save:
             trainer.save_model(str(work / settings.name))
-            result["exports"] = export(model, tokenizer, work / settings.name, held_out["tuned"][:1, :128])
+            result["exports"] = export(model, tokenizer, work / settings.name, next(iter(held_out.values()))[:1, :128])
             write_card(settings, held_out, result, work / settings.name)
     return result
 
@@ -240,7 +241,15 @@ def write_card(settings: Settings, held_out: dict[str, torch.Tensor], result: di
     before, after = (
         {name: round(math.exp(result[when][name]), 2) for name in held_out} for when in ("before", "after")
     )
-    peft_quant.write_model_card(directory, settings=options, perplexity=after, compared_with={"before": before})
+    flags = {"learning_rate": "lion-learning-rate", "seed": "seeds"}
+    command = [f"--{flags.get(name, name.replace('_', '-'))} {value}" for name, value in options.items()]
+    peft_quant.write_model_card(
+        directory,
+        settings={"text": next(iter(held_out)), **options},
+        command=" ".join(["python qft_finetuning.py", *command]),
+        perplexity=after,
+        compared_with={"before": before},
+    )
 
 
 def main() -> None:
@@ -281,8 +290,8 @@ def main() -> None:
     model = arguments.model or str(float_model(work))
     tokenizer = AutoTokenizer.from_pretrained(model)
     held_out = {
-        "tuned": windows(tokenizer, tuned_held_out, 512, arguments.windows),
-        "general": windows(tokenizer, wikipedia(work)[1], 512, arguments.windows),
+        name: windows(tokenizer, tuned_held_out, 512, arguments.windows),
+        GENERAL: windows(tokenizer, wikipedia(work)[1], 512, arguments.windows),
     }
     evaluated_on = hashlib.sha256(f"{arguments.windows} {tuned_held_out}".encode()).hexdigest()[:8]
 
@@ -332,15 +341,15 @@ def read_text(arguments: argparse.Namespace, work: Path) -> tuple[str, tuple[str
 def report(name: str, finished: dict[str, list[dict[str, Any]]]) -> None:
     """The table: means over the seeds, and their standard deviations."""
     reference = finished.get("fp32 Lion")
-    print(f"\n| held-out loss, nats a token | seeds | {name} | against fp32 Lion | Wikipedia | states, GB |")
+    print(f"\n| held-out loss, nats a token | seeds | {name} | against fp32 Lion | {GENERAL} | states, GB |")
     print("|---|---|---|---|---|---|")
     first = next(iter(finished.values()))[0]["before"]
-    print(f"| {START} | | {first['tuned']:.4f} | | {first['general']:.4f} | |")
+    print(f"| {START} | | {first[name]:.4f} | | {first[GENERAL]:.4f} | |")
     for row, runs in finished.items():
-        tuned, general = ([run["after"][text] for run in runs] for text in ("tuned", "general"))
+        tuned, general = ([run["after"][text] for run in runs] for text in (name, GENERAL))
         against = ""
         if reference:
-            baseline = statistics.mean(run["after"]["tuned"] for run in reference)
+            baseline = statistics.mean(run["after"][name] for run in reference)
             against = f"{statistics.mean(tuned) / baseline - 1:+.2%}"
         spread = f" ± {statistics.stdev(tuned):.4f}" if len(tuned) > 1 else ""
         states = f"{runs[0]['states_gb']:.3f}" if "states_gb" in runs[0] else ""
@@ -353,9 +362,9 @@ def report(name: str, finished: dict[str, list[dict[str, Any]]]) -> None:
             states,
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
-    for name, error in finished.get("QFT", [{}])[0].get("exports", {}).items():
+    for export, error in finished.get("QFT", [{}])[0].get("exports", {}).items():
         print(
-            f"\nlogits of the export to {name}, against the int8 model's (largest {error['largest_logit']:.1f}): ",
+            f"\nlogits of the export to {export}, against the int8 model's (largest {error['largest_logit']:.1f}): ",
             end="",
         )
         print(f"off by {error['largest']:.3f} at most, {error['mean']:.4f} on average", end="")

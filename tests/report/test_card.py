@@ -193,7 +193,7 @@ class TestContents:
 
     def test_examples_are_cards_of_today(self):
         examples = {file.stem: file for file in (Path(peft_quant.__file__).parent / "hub_cards/examples").glob("*.md")}
-        assert examples.keys() == {"peqa_adapter", "lrec_adapter", "lora_export", "merged_gptq"}
+        assert examples.keys() == {"peqa_adapter", "lrec_adapter", "lora_export", "merged_gptq", "qft"}
         for kind, file in examples.items():
             card = ModelCard.load(file)
             headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
@@ -204,7 +204,7 @@ class TestContents:
 
     def test_templates_are_shipped(self):
         names = {file.name for file in (files("peft_quant") / "hub_cards").iterdir() if file.name.endswith(".md")}
-        assert {"peqa_adapter.md", "lrec_adapter.md", "lora_export.md", "merged_gptq.md"} < names
+        assert {"peqa_adapter.md", "lrec_adapter.md", "lora_export.md", "merged_gptq.md", "qft.md"} < names
 
 
 class TestSnippets:
