@@ -13,7 +13,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/bench.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready
