@@ -157,17 +157,17 @@ def _row(line: dict[str, str]) -> tuple[str, ...]:
     options = [f"{name} {words[words.index(name) + 1]}" for name in ("--ce-weight", "--top-k")]
     trained = line["train_tokens"] != "0"
     return (
-        *(line[name] for name in ("method", "init", "bits", "group")),
-        *(("trained", *options) if trained and line["method"] == "lrec" else ("trained",) * trained),
+        *(line[name] for name in ("method", "init", "bits", "group", "train_tokens")),
+        *(options if trained and line["method"] == "lrec" else ()),
     )
 
 
 def _title(row: tuple[str, ...]) -> str:
-    method, init, _, _, *settings = row
+    method, init, _, _, tokens, *options = row
     start = f", {init}" if init and init != method else ""
-    if method == "lrec" and not settings:
+    if method == "lrec" and tokens == "0":
         return f"start alone{start}"
-    options = [option for option in settings[1:] if option not in ("--ce-weight 0.0", "--top-k 64")]
+    options = [option for option in options if option not in ("--ce-weight 0.0", "--top-k 64")]
     return " ".join([f"{method}{start}", *(f"`{option}`" for option in options)])
 
 
