@@ -27,7 +27,7 @@ LEAN = "--liger"
 FAST = f"{LEAN} --compile default --recompute-pointwise"
 GRAPHS = FAST.replace("default", "reduce-overhead")
 ADAM8 = "--optimizer adamw8bit"
-WHOLE = "--checkpointing 1"
+FULL = f"--checkpointing 1 {LEAN}"
 CORRECTION = "--bits 2 --rank 32 --seq 512 --checkpointing 1"
 CELLS = (
     # the 7B shape, 1 x 2048 tokens
@@ -62,15 +62,15 @@ CELLS = (
     f"--peer ours --method lrec --correction {CORRECTION} --compile default --recompute-pointwise {ADAM8}",
     f"--peer gptqmodel --method lora {CORRECTION} {LEAN} {ADAM8}",
     # all parameters trained, 1 x 2048 tokens
-    f"--peer ours --method qft-stack {WHOLE}",
-    f"--peer ours --method qft-fused {WHOLE}",
-    f"--peer torch --method full {WHOLE}",
-    f"--peer torch --method full {WHOLE} --optimizer sgd --in-backward",
-    f"--peer bitsandbytes --method full {WHOLE} {ADAM8}",
-    f"--peer bitsandbytes --method full {WHOLE} --optimizer lion8bit",
-    f"--peer bitsandbytes --method full {WHOLE} --optimizer lion8bit --in-backward",
-    f"--peer ours --method qft-stack {WHOLE} {LEAN}",
-    f"--peer ours --method qft-fused {WHOLE} {LEAN}",
+    f"--peer ours --method qft-stack --checkpointing 1 {FAST}",
+    f"--peer ours --method qft-fused --checkpointing 1 {FAST}",
+    f"--peer ours --method qft-stack {FULL}",
+    f"--peer ours --method qft-fused {FULL}",
+    f"--peer torch --method full {FULL}",
+    f"--peer torch --method full {FULL} --optimizer sgd --in-backward",
+    f"--peer bitsandbytes --method full {FULL} {ADAM8}",
+    f"--peer bitsandbytes --method full {FULL} --optimizer lion8bit",
+    f"--peer bitsandbytes --method full {FULL} --optimizer lion8bit --in-backward",
     # the 65B shape
     f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
     # without compiling, and with PyTorch's loss

@@ -117,7 +117,7 @@ def main() -> None:
         print(f"{op:26} {peer:10} {row} {us:8.1f} us {bandwidth}", flush=True)
 
     report("copy", "torch", 2 * 2**30 / copy / 1e3, 2 * 2**30)
-    for out_features, in_features in ((4096, 4096), (11008, 4096), (4096, 11008)):
+    for in_features, out_features in SHAPES:
         qft_rows(report, out_features, in_features)
     for rows, columns in () if arguments.qft else SHAPES:
         for bits, group in ((2, 128), (3, 128), (4, 128), (8, 128), (4, 32), (4, rows)):

@@ -14,9 +14,6 @@ Symbols: `N` out-features, `K` in-features, `G` groups of a row, `R` outliers of
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
-
 import torch
 
 from . import int8
@@ -39,20 +36,11 @@ _SCHEMAS = {
 }
 
 
-@cache
-def _gpu_path() -> ModuleType:
-    try:
-        from . import int8_triton
-    except ImportError:
-        return int8
-    return int8_triton
-
-
 _OPENED = ("decode_weight", "int8_linear", "int8_linear_grad_x")
 
 
 for _name, _schema in _SCHEMAS.items():
-    define(_name, _schema, int8, _gpu_path, opened=_name in _OPENED)
+    define(_name, _schema, int8, "int8_triton", opened=_name in _OPENED)
 
 
 @torch.library.register_fake("peft_quant::encode_gradient")

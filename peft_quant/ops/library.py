@@ -16,8 +16,8 @@ Symbols: `M` tokens (any number of leading dimensions), `K` in-features, `N` out
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -40,27 +40,26 @@ _SCHEMAS = {
 
 
 @cache
-def _gpu_path() -> ModuleType:
-    """Triton's kernels, which are imported at the first product on a GPU; plain PyTorch without Triton."""
+def _kernels(name: str) -> ModuleType | None:
+    """A module of Triton kernels, which is imported at the first product on a GPU; None without Triton."""
     try:
-        from . import triton
+        return import_module(f".{name}", __package__)
     except ImportError:
-        return eager
-    return triton
+        return None
 
 
-def define(name: str, schema: str, path: ModuleType, gpu_path: Callable[[], ModuleType], opened: bool) -> None:
-    """An operator that is the function of its name of one module, and of another one on a GPU.
+def define(name: str, schema: str, path: ModuleType, kernels: str, opened: bool) -> None:
+    """An operator that is the function of its name of one module, and on a GPU of the module named `kernels`.
 
     If `opened`, compiled code on a GPU launches its kernels and products itself, which is cheaper.
     """
     operator = f"peft_quant::{name}"
     torch.library.define(operator, schema)
     torch.library.impl(operator, "default", getattr(path, name))
-    torch.library.impl(operator, "cuda", lambda *arguments: getattr(gpu_path(), name)(*arguments))
+    torch.library.impl(operator, "cuda", lambda *arguments: getattr(_kernels(kernels) or path, name)(*arguments))
 
     def trace(mode: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        module = gpu_path() if args[0].is_cuda else path
+        module = (args[0].is_cuda and _kernels(kernels)) or path
         if module is path:  # whose many small operations the compiler is not to see
             return mode.__torch_dispatch__(function, types, args, kwargs)
         with mode:
@@ -71,7 +70,7 @@ def define(name: str, schema: str, path: ModuleType, gpu_path: Callable[[], Modu
 
 
 for _name, _schema in _SCHEMAS.items():
-    define(_name, _schema, eager, _gpu_path, opened=True)
+    define(_name, _schema, eager, "triton", opened=True)
 
 
 @torch.library.register_fake("peft_quant::dequantize")

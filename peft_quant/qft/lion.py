@@ -105,7 +105,7 @@ class QuantizedLion(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps that changed nothing, because gradients were not finite; if fused, of the parameter with the most."""
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
-        return max((int(count) for count in counts), default=0)
+        return int(torch.stack([count.to(counts[0].device) for count in counts]).max()) if counts else 0
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Have the next step scale all gradients so that their common norm is at most `max_norm`.

@@ -344,17 +344,11 @@ def test_checkpoints_are_adapters_and_the_best_comes_back(two_bits, tmp_path):
 
 def plain_arguments(directory):
     return {
+        **SETTINGS,
         "output_dir": str(directory),
         "max_steps": 3,
         "optim": "sgd",
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "max_grad_norm": 0.0,
     }
 
