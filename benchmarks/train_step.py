@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method", nargs="+", choices=dict.fromkeys(sum(METHODS.values(), ())), default=["peqa", "lora"]
     )
-    parser.add_argument("--shape", choices=("7b", "65b", "tiny"), default="7b")
+    parser.add_argument("--shape", choices=("tiny", "1b", "7b", "13b", "65b"), default="7b")
     parser.add_argument("--bits", type=int, default=4, help="of ours, gptqmodel and hqq")
     parser.add_argument("--group", type=int, default=128, help="of ours, gptqmodel and hqq; -1: one group")
     parser.add_argument("--rank", type=int, default=16, help="of lora and lrec")
