@@ -143,7 +143,7 @@ def show_lrec(lines: list[dict[str, str]]) -> None:
     for base in (row for row in cells if row[0] == "gptq"):
         print(f"\n{base[2]} bits, groups of {base[3]}\n\n| | " + " | | ".join(CORPORA.values()) + " | |")
         print("|---" * (1 + 2 * len(CORPORA)) + "|")
-        for row in cells:
+        for row in sorted(cells, key=_place):
             if row == floor or row[2:4] == base[2:4]:
                 texts = []
                 for corpus in CORPORA.values():
@@ -160,6 +160,11 @@ def _row(line: dict[str, str]) -> tuple[str, ...]:
         *(line[name] for name in ("method", "init", "bits", "group", "train_tokens")),
         *(options if trained and line["method"] == "lrec" else ()),
     )
+
+
+def _place(row: tuple[str, ...]) -> tuple[bool, int]:
+    """What is not trained first, then as in `METHODS`."""
+    return row[4] != "0", list(METHODS.values()).index(row[:2])
 
 
 def _title(row: tuple[str, ...]) -> str:
@@ -186,7 +191,7 @@ def show_full(lines: list[dict[str, str]]) -> None:
     corpora = list(dict.fromkeys(corpus for of_method in losses.values() for corpus in of_method))
     print(f"\nFull fine-tuning\n\n| | {' | | seeds | '.join(corpora)} | | seeds |")
     print("|---" * (1 + 3 * len(corpora)) + "|")
-    for method, of_method in losses.items():
+    for method, of_method in sorted(losses.items(), key=lambda item: not item[0].startswith("QFT")):
         texts = []
         for corpus in corpora:
             values, reference = of_method[corpus], losses[FULL_REFERENCE][corpus]
