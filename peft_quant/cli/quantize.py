@@ -33,7 +33,8 @@ def quantize(
 ) -> None:
     """Quantize a float model to a GPTQ checkpoint.
 
-    transformers, optimum and gptqmodel do it, with the float model in memory in fp32, a layer at a time. Interrupted, it leaves nothing, and starts from the beginning when it is run again.
+    transformers, optimum and gptqmodel do it, with the float model in memory in fp32. Interrupted, it leaves nothing,
+    and starts from the beginning when it is run again.
     """
     prepare()
     import torch

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting
 from gptq_models import load
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -83,14 +82,12 @@ class TestMethods:
 
 
 class TestTexts:
-    def test_formats_give_the_same(self, train, run, models, tmp_path, text):
-        rows = counting(64)
+    def test_formats_give_the_same(self, train, tmp_path, rows):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"words": row}) + "\n" for row in rows))
         (tmp_path / "rows.csv").write_text("number,words\n" + "".join(f"{i},{row}\n" for i, row in enumerate(rows)))
-        train("peqa", output=tmp_path / "txt")
-        for name in ("rows.jsonl", "rows.csv"):
-            result = train(
-                "peqa", "--data", tmp_path / name, "--column", "words", output=tmp_path / name / "..." / name
-            )
+        train("peqa")
+        for kind in ("jsonl", "csv"):
+            file = tmp_path / f"rows.{kind}"
+            result = train("peqa", "--data", file, "--column", "words", output=tmp_path / kind)
             assert result.code == 0, result.stderr
-            assert_equal(tmp_path / name, tmp_path / "txt")
+            assert_equal(tmp_path / kind, tmp_path / "out")
