@@ -15,6 +15,7 @@ import typer
 
 from ..compat import __version__
 from . import card, correct, env, eval, merge, quantize, train
+from .console import say
 from .options import PASSED_ON
 
 
@@ -38,6 +39,8 @@ app.command("merge")(merge.merge)
 app.command("eval")(eval.evaluate)
 app.command("card")(card.card)
 app.command("env")(env.env)
+
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(arguments, prog_name="peft-quant")
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:
+            say(
+                "interrupted: run it again; `train` and `correct` go on where they were with --resume", error=True
+            )
+        raise
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):
             raise
