@@ -107,7 +107,7 @@ def measure(model: Any, arguments: TrainingArguments, windows: Dataset | None, w
 
     return perplexity(
         extract_model_from_parallel(model, keep_fp32_wrapper=False),
-        torch.tensor(windows["input_ids"]),
+        torch.tensor(windows["input_ids"][:]),
         batch_size=arguments.per_device_eval_batch_size,
         description=f"perplexity, {what}" if is_first_process() else None,
     )
