@@ -10,6 +10,7 @@ from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
+    from .callbacks import ReportCallback
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .proof import TrainingError
     from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model
@@ -36,6 +37,7 @@ __all__ = [
     "QFTTrainer",
     "QuantizedLion",
     "RepackedLayerError",
+    "ReportCallback",
     "TrainingError",
     "cache_teacher",
     "export_lora",
@@ -67,6 +69,7 @@ _LAZY = {
     "QFTTrainer": "qft.trainer",
     "QuantizedLion": "qft",
     "RepackedLayerError": "gptq",
+    "ReportCallback": "callbacks",
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
     "export_lora": "tuners.lrec",

@@ -217,6 +217,12 @@ def inherited_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return _only(_INHERITED, metadata)
 
 
+def public_name(model: str) -> str | None:
+    """What to call a model in public: its Hub id, or the name of its directory without the path to it."""
+    base = _Base.find(model)
+    return base.hub_id or base.directory_name
+
+
 @dataclass(frozen=True)
 class _Card:
     """A card: its front matter, its text, and what was recorded in it when it was generated (None if it was not)."""
@@ -581,7 +587,7 @@ def _render(
         texts=list(texts),
         trained=facts.get("trained"),
         export=facts.get("export"),
-        versions=_versions(),
+        versions=package_versions(),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
@@ -604,7 +610,8 @@ def _engines(quantization: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of the packages that a result may depend on, as far as they are installed."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -51,7 +51,7 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
     except ImportError as error:
         raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
 
-    places = {row.name: _place(row.name) for row in rows}
+    places = {row.name: place(row.name) for row in rows}
     blocks = sorted({block for block, _ in places.values()})
     one_list = len({members for members, _ in blocks}) == 1
     labels = [
@@ -85,7 +85,7 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
     return Path(path)
 
 
-def _place(name: str) -> tuple[tuple[str, int], str]:
+def place(name: str) -> tuple[tuple[str, int], str]:
     """The block of a layer, by list and position, and the layer's name there."""
     match = _BLOCK.fullmatch(name)
     return ((match["members"], int(match["position"])), match["module"]) if match else (("", 0), name)
