@@ -118,10 +118,13 @@ class ReportCallback(TrainerCallback, ExportableState):
         model, tokenizer = kwargs["model"], self.tokenizer or kwargs.get("processing_class")
         saved: Any = state.stateful_callbacks
         if self.prompts and tokenizer is None:
-            raise ValueError(
+            message = (
                 f"There are {len(self.prompts)} prompts and no tokenizer: pass `tokenizer` to ReportCallback, or "
-                "`processing_class` to the trainer."
+                "`processing_class` to the trainer, which `restore_callback_states_from_checkpoint` needs."
             )
+            if not state.global_step:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
         outside, self._after = self._after["losses"], {"losses": {}, "answers": {}}
         self.before, self.seconds, self._started = {"losses": outside, "answers": {}}, 0.0, time.perf_counter()
         self._codes, self._memory = {}, {}
