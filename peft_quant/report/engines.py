@@ -103,7 +103,7 @@ def _vllm(packing: Packing) -> tuple[bool | None, str, str]:
             return False, "", rule
         if packing.group_size == -1 or packing.ragged:
             return None, "", rule
-        return True, "`--quantization humming`", f"an experimental kernel, of its own package; else {rule}"
+        return True, "`--quantization humming`", "experimental, of a package of its own; Marlin has 4 and 8 bits"
     if packing.group_size not in _MARLIN_GROUPS:
         return False, "", rule
     if packing.ragged:
@@ -120,7 +120,10 @@ def _sglang(packing: Packing) -> tuple[bool | None, str, str]:
     if packing.bits in (4, 8) and packing.symmetric and packing.group_size in _MARLIN_GROUPS:
         if packing.tiles((128, 64)):
             return True, "", "4 and 8 bits, symmetric, in groups of 32, 64, 128 or all, by Marlin"
-        return True, "`--quantization gptq --dtype float16`", "Marlin's tiles do not fit the shape of a layer"
+        unknown = (
+            "by its GPTQ kernel; whether Marlin, which it takes unasked, fits the shape of every layer is not known"
+        )
+        return True, "`--quantization gptq --dtype float16`", unknown
     return True, "`--dtype float16`", "2, 3, 4 and 8 bits by its GPTQ kernel, which is for fp16"
 
 
@@ -159,7 +162,10 @@ def _exllamav3(packing: Packing) -> tuple[bool | None, str, str]:
 
 
 _VLLM_DOCS = "https://docs.vllm.ai/en/stable/api/vllm/model_executor/layers/quantization/auto_gptq/"
-_SGLANG = "https://github.com/sgl-project/sglang/blob/0cdfa2f8363e82641db14b68545ea9df27b2a7f4/python/sglang/srt"
+_SGLANG_CONFIG, _SGLANG_LAYER = (
+    f"https://github.com/sgl-project/sglang/blob/{commit}/python/sglang/srt/layers/quantization"
+    for commit in ("0cdfa2f8363e82641db14b68545ea9df27b2a7f4", "0848df5893cd8b64731ff857b361c8f28a1998a5")
+)
 _LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/00bd27a621f92be9a99d24d7c5117a263b9b3c01/conversion/base.py"
 _LMDEPLOY = "https://github.com/InternLM/lmdeploy/blob/02f556b3b12e0ec20c7a561871f1d03d02fc80f0/lmdeploy/turbomind"
 _TGI = "https://github.com/huggingface/text-generation-inference/blob/1629d0bb6d04a916bcbf695474a4fcc8acfbcd1e/server"
@@ -182,7 +188,12 @@ _ENGINES: tuple[tuple[str, _Rule, tuple[str, ...], str], ...] = (  # name, rule,
         ),
         "2026-11-22",
     ),
-    ("SGLang, NVIDIA GPU", _sglang, (f"{_SGLANG}/layers/quantization/gptq/gptq.py",), "2026-11-22"),
+    (
+        "SGLang, NVIDIA GPU",
+        _sglang,
+        (f"{_SGLANG_CONFIG}/gptq/gptq.py", f"{_SGLANG_LAYER}/gptq/schemes/gptq_linear.py"),
+        "2026-11-22",
+    ),
     ("llama.cpp, by convert_hf_to_gguf.py", _llama_cpp, (_LLAMA_CPP,), "2026-11-22"),
     ("LMDeploy, TurboMind", _lmdeploy, (f"{_LMDEPLOY}/converter.py",), "2026-11-22"),
     (
