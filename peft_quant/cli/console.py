@@ -19,6 +19,14 @@ _CHATTER = {
 
 def prepare() -> None:
     """Register the methods, and switch off what other packages print at import. What loads models calls it first."""
+    quiet()
+    from .. import register_methods
+
+    register_methods()
+
+
+def quiet() -> None:
+    """Switch off what other packages print at import."""
     for name, value in _CHATTER.items():
         os.environ.setdefault(name, value)
     for name in ("torchao", "torch.utils._pytree", "torch.distributed.elastic", "optimum"):
@@ -29,10 +37,6 @@ def prepare() -> None:
         pass
     else:
         LogBar.shared().setLevel("ERROR")
-
-    from .. import register_methods
-
-    register_methods()
 
 
 def is_first_process() -> bool:

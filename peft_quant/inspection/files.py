@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..gptq import PackedFormat, PackedTensors
 from ..gptq.checkpoint import Checkpoint
@@ -21,11 +21,20 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> bool:
-    """Whether a directory or a Hub repository holds an adapter, rather than a model."""
+    """Whether a directory or a Hub repository holds an adapter, rather than a model. Without the Hub, its cache tells.
+
+    Raises:
+        LocalEntryNotFoundError: neither the Hub nor its cache says.
+        RepositoryNotFoundError: there is no such repository.
+    """
     if os.path.isdir(path):
         return Path(path, ADAPTER_CONFIG).is_file()
     try:
         hf_hub_download(os.fspath(path), ADAPTER_CONFIG, revision=revision, token=token)
+    except LocalEntryNotFoundError:
+        if isinstance(try_to_load_from_cache(os.fspath(path), "config.json", revision=revision), str):
+            return False
+        raise
     except EntryNotFoundError:
         return False
     return True
