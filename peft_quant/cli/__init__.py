@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import env
+from . import card, correct, env, eval, inspect, merge, quantize, train
+from .options import PASSED_ON
 
 
 app = typer.Typer(
@@ -24,11 +25,19 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
+app.command("quantize")(quantize.quantize)
+app.command("train", context_settings=PASSED_ON)(train.train)
+app.command("correct", context_settings=PASSED_ON)(correct.correct)
+app.command("merge")(merge.merge)
+app.command("eval")(eval.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("card")(card.card)
 app.command("env")(env.env)
 
 
