@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,30 @@ def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent:
     except ImportError as error:
         raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
 
-    names = dict.fromkeys(name for panels in rows for panel in panels for name in panel.values)
+    labels, modules, cells = grid_of(name for panels in rows for panel in panels for name in panel.values)
+    figure = Figure(
+        figsize=(len(rows[0]) * (2 + 0.4 * len(modules)), len(rows) * (2.2 + 0.2 * len(labels))),
+        dpi=120,
+        layout="constrained",
+    )
+    for panels, line in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
+        highest = max(value for panel in panels for value in panel.values.values())
+        for axes, panel in zip(line, panels):
+            grid: list[list[Any]] = [[float("nan")] * len(modules) for _ in labels]
+            for name, value in panel.values.items():
+                block, module = cells[name]
+                grid[block][module] = value
+            image = axes.imshow(grid, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
+            axes.set_title(panel.title)
+            axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylabel("block")
+        figure.colorbar(image, ax=list(line), label=scale, format=PercentFormatter(1) if percent else None)
+    return figure
+
+
+def grid_of(names: Iterable[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """The labels of the blocks in order, the modules, and for every layer the index of its block and of its module."""
     places = {name: place(name) for name in names}
     blocks = sorted({block for block, _ in places.values()})
     modules = list(dict.fromkeys(module for _, module in places.values()))
@@ -50,25 +73,11 @@ def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent:
     labels = [
         str(position) if one_list else f"{members}.{position}" if members else "" for members, position in blocks
     ]
-    figure = Figure(
-        figsize=(len(rows[0]) * (2 + 0.4 * len(modules)), len(rows) * (2.2 + 0.2 * len(blocks))),
-        dpi=120,
-        layout="constrained",
+    return (
+        labels,
+        modules,
+        {name: (blocks.index(block), modules.index(module)) for name, (block, module) in places.items()},
     )
-    for panels, line in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
-        highest = max(value for panel in panels for value in panel.values.values())
-        for axes, panel in zip(line, panels):
-            grid: list[list[Any]] = [[float("nan")] * len(modules) for _ in blocks]
-            for name, value in panel.values.items():
-                block, module = places[name]
-                grid[blocks.index(block)][modules.index(module)] = value
-            image = axes.imshow(grid, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
-            axes.set_title(panel.title)
-            axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-            axes.set_yticks(range(len(blocks)), labels)
-            axes.set_ylabel("block")
-        figure.colorbar(image, ax=list(line), label=scale, format=PercentFormatter(1) if percent else None)
-    return figure
 
 
 def place(name: str) -> tuple[tuple[str, int], str]:

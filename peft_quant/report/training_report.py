@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .figures import Line, line_chart, svg
-from .layer_errors import place
+from .heat_map import grid_of
 from .memory import MemoryRow
 
 
 _TERMS = {"kl": "KL to the float model", "ce": "cross entropy", "hidden": "hidden states"}
+_LABELS = 40  # of blocks that fit beside each other
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,15 @@ def _line(log: Sequence[Mapping[str, float]], key: str, name: str) -> Line | Non
 
 
 def _heat_map(layers: Mapping[str, float]) -> str:
-    places = {name: place(name) for name in layers}
-    blocks = sorted({block for block, _ in places.values()})
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    grid = [[math.nan] * len(blocks) for _ in modules]
+    """A row for a module, a column for a block, as a page is wide."""
+    from matplotlib.ticker import PercentFormatter
+
+    labels, modules, cells = grid_of(layers)
+    grid = [[math.nan] * len(labels) for _ in modules]
     for name, value in layers.items():
-        block, module = places[name]
-        grid[modules.index(module)][blocks.index(block)] = value
+        block, module = cells[name]
+        grid[module][block] = value
+    every = -(-len(labels) // _LABELS)
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -192,11 +195,9 @@ def _heat_map(layers: Mapping[str, float]) -> str:
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_yticks(range(len(modules)), modules)
-        every = -(-len(blocks) // 40)
-        axes.set_xticks(range(0, len(blocks), every), [str(position) for _, position in blocks[::every]])
+        axes.set_xticks(range(0, len(labels), every), labels[::every])
         axes.set_xlabel("block")
-        bar = figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.3g}", pad=0.02)
-        bar.outline.set_visible(False)
+        figure.colorbar(image, ax=axes, format=PercentFormatter(1), pad=0.02).outline.set_visible(False)
 
     return svg(draw, (9.5, 1.0 + 0.27 * len(modules)))
 
