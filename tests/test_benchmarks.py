@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,21 @@ def test_quality(tmp_path):
     ]
     assert recorded[4]["command"].endswith("--only lrec-svd")
     assert "--asymmetric" not in recorded[4]["command"]
+
+
+def test_pictures(tmp_path):
+    for table in (BENCHMARKS / "results").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    run("plot.py", str(tmp_path))
+    for name in ("memory_speed.png", "memory_quality.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_megabytes_are_those_of_the_checkpoints():
+    code = "import plot; print(plot.megabytes(), plot.megabytes(4, 64), plot.megabytes(3, 64))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS, check=True)
+    # bytes of the tensors of SmolLM2-135M in bf16 and as GPTQ checkpoints
+    assert [round(1e6 * float(size)) for size in result.stdout.split()] == [269030016, 114523776, 101045376]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import card, correct, env, eval, merge, quantize, train
+from . import card, correct, env, eval, inspect, merge, quantize, train
 from .console import say
 from .options import PASSED_ON
 
@@ -37,6 +37,7 @@ app.command("train", context_settings=PASSED_ON)(train.train)
 app.command("correct", context_settings=PASSED_ON)(correct.correct)
 app.command("merge")(merge.merge)
 app.command("eval")(eval.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("card")(card.card)
 app.command("env")(env.env)
 
