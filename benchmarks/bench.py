@@ -138,7 +138,7 @@ def main() -> None:
     print("\n".join(failed + no_time), flush=True)
     if (arguments.out / "train_step.csv").exists():
         table.show(arguments.out)
-        plot.draw(arguments.out)
+        plot.draw_speed(arguments.out)
     if failed:
         sys.exit(1)
 

@@ -123,22 +123,32 @@ def _command(options: dict[str, Any], row: str) -> str:
     return " ".join([*words, *(["--only", row] if row not in ("float", "gptq") else [])])
 
 
+Cells = dict[tuple[str, ...], dict[str, list[float]]]
+"""Perplexities of the seeds by corpus, of rows (method, init, bits, group, tokens trained on, options if LREC)."""
+
+
 def show(directory: Path) -> None:
     """Print the tables of held-out text."""
-    with (directory / "quality.csv").open(encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
-    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    of_lrec, of_full = read(directory)
     if of_lrec:
         show_lrec(of_lrec)
-    if len(of_lrec) < len(lines):
-        show_full([line for line in lines if line not in of_lrec])
+    if of_full:
+        show_full(of_full)
 
 
-def show_lrec(lines: list[dict[str, str]]) -> None:
-    """Print perplexities, a table for each base."""
-    cells: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
+def read(directory: Path) -> tuple[Cells, list[dict[str, str]]]:
+    """Rows on held-out text: LREC's perplexities, and the lines of full fine-tuning."""
+    with (directory / "quality.csv").open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    for line in of_lrec:
         cells[_row(line)][line["corpus"]].append(float(line["ppl"]))
+    return cells, [line for line in lines if line not in of_lrec]
+
+
+def show_lrec(cells: Cells) -> None:
+    """Print perplexities, a table for each base."""
     floor = next(row for row in cells if row[0] == "float")
     for base in (row for row in cells if row[0] == "gptq"):
         print(f"\n{base[2]} bits, groups of {base[3]}\n\n| | " + " | | ".join(CORPORA.values()) + " | |")

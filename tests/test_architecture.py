@@ -16,22 +16,38 @@ ROOT = Path(peft_quant.__file__).parent
 ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
-    "qft": {"qft", "gptq", "ops", "registry", "report", "proof"},
+    "qft": {"qft", "gptq", "ops", "registry", "report", "proof", "resume"},
     "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat", "proof"},
     "report": {"report"},
+    "inspection": {"inspection", "gptq", "ops", "report"},
+    "callbacks": {"inspection", "gptq", "proof", "qft", "report", "tuners"},
     "registry": set(),
     "compat": set(),
     "proof": set(),
+    "text": set(),
+    "perplexity": set(),
+    "loading": set(),
+    "resume": set(),
+    "cli": {"cli", "compat"},
+    "__main__": {"cli"},
 }
+# what a command does is imported when it is run, so that `--help` answers at once
+LIGHT = {"__future__", "typer", *sys.stdlib_module_names}
 FORBIDDEN = {
     "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "gptq": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "qft": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "tuners": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "report": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
+    "inspection": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
+    "callbacks": {"gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
     "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "proof": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "text": {"datasets", "peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "perplexity": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "loading": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "resume": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
 
@@ -59,6 +75,8 @@ def test_imports_run_one_way(path):
         if top == "peft_quant":
             assert rest, f"{path} imports the whole package"
             assert rest[0] in ALLOWED[room], f"{path} imports {module}"
+        elif room in ("cli", "__main__"):
+            assert top in LIGHT, f"{path} imports {module}"
         elif not path.name.endswith("triton.py"):
             assert top not in FORBIDDEN[room], f"{path} imports {module}"
 
@@ -86,3 +104,7 @@ assert seconds < 1, seconds
 
 def test_public_names_exist():
     assert all(hasattr(peft_quant, name) for name in peft_quant.__all__)
+
+
+def test_the_lazy_names_are_the_public_ones():
+    assert set(peft_quant._LAZY) == set(peft_quant.__all__) <= set(dir(peft_quant))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_quality_of_full_fine_tuning(tmp_path):
         ("fp32 Lion", "32", "1", "640"),
     ]
     assert recorded[0]["command"].endswith("--dtype float32 --seeds 0 --only 'QFT'")
+
+
+def test_pictures(tmp_path):
+    for table in (BENCHMARKS / "results").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    run("plot.py", str(tmp_path))
+    for name in ("memory_speed.png", "memory_quality.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_megabytes_are_those_of_the_checkpoints():
+    code = "import plot; print(plot.megabytes(), plot.megabytes(4, 64), plot.megabytes(3, 64))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS, check=True)
+    # bytes of the tensors of SmolLM2-135M in bf16 and as GPTQ checkpoints
+    assert [round(1e6 * float(size)) for size in result.stdout.split()] == [269030016, 114523776, 101045376]
 
 
 @pytest.mark.parametrize(

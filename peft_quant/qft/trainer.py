@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -18,16 +17,17 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..gptq.checkpoint import replaced_files
 from ..report.card import QFT, README, update_card
 from ..report.memory import MemoryReport
+from ..resume import last_complete_checkpoint
 from .checkpoint import layout_difference
 from .export import LogitError, export_qft
 from .lion import QuantizedLion
-from .memory import memory_report
+from .memory import planned_memory
 from .proof import FirstStep
 from .weight import Int8Weight
 
@@ -172,7 +172,11 @@ class QFTMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         trainer: Any = super()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint found in {self.args.output_dir}: train without resume_from_checkpoint."
+                )
         try:
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -264,14 +268,7 @@ class QFTMixin:
         lion.gradients.detach()  # with what an interrupted step left
         for group in lion.param_groups:
             lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
-        self.memory_report = memory_report(
-            trainer.model,
-            fused=self.args.fused,
-            state_bits=self.args.state_bits,
-            error_feedback=self.args.rounding == "error_feedback",
-            batch=_batch(trainer.train_dataset, self.args.per_device_train_batch_size),
-            checkpointing=self.args.gradient_checkpointing,
-        )
+        self.memory_report = planned_memory(trainer.model, self.args, trainer.train_dataset)
         logger.info("Trained in int8:\n%s", self.memory_report)
         _warn_of_small_steps(
             trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)
@@ -408,23 +405,6 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end; `trainer_state.json` comes last."""
-    found = {
-        int(directory.name.rpartition("-")[2]): directory
-        for directory in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if directory.name.rpartition("-")[2].isdigit()
-    }
-    for step in sorted(found, reverse=True):
-        try:
-            json.loads((found[step] / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end, and is passed over.", found[step])
-            continue
-        return os.fspath(found[step])
-    raise ValueError(f"No complete checkpoint found in {output_dir}: train without resume_from_checkpoint.")
-
-
 def _load_weights(model: PreTrainedModel, directory: str) -> None:
     """Put a checkpoint's weights into a model, bit by bit as they are.
 
@@ -439,14 +419,6 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
             f'`from_pretrained("{directory}")` and train that.'
         )
     model.load_state_dict(saved.state_dict())
-
-
-def _batch(dataset: Any, size: int) -> tuple[int, int] | None:
-    """Sequences and tokens of each in a forward pass, as far as the first sample shows them."""
-    if not hasattr(dataset, "__getitem__") or not len(dataset):
-        return None
-    sample = dataset[0]
-    return (size, len(sample["input_ids"])) if "input_ids" in sample else None
 
 
 def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> None:
