@@ -15,6 +15,7 @@ import typer
 
 from ..compat import __version__
 from . import card, correct, env, eval, inspect, merge, quantize, train
+from .console import say
 from .options import PASSED_ON
 
 
@@ -40,6 +41,8 @@ app.command("inspect")(inspect.inspect)
 app.command("card")(card.card)
 app.command("env")(env.env)
 
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -64,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(arguments, prog_name="peft-quant")
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:
+            say("interrupted: run it again; `train` and `correct` go on where they were with --resume", error=True)
+        raise
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):
             raise

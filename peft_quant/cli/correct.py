@@ -148,7 +148,7 @@ def _start(model: Any, lrec: Any, start: Start, teacher: str, windows: Any, cali
     student = get_peft_model(model, lrec)
     with new_directory(out) as directory:
         if start is not Start.zero:
-            batches = torch.tensor(spread(windows, calibration)["input_ids"]).split(4)
+            batches = torch.tensor(spread(windows, calibration)["input_ids"][:]).split(4)
             report = initialize_lrec_weights(student, teacher, start.value, batches)
             out.with_name("layer_errors.md").write_text(f"{report}\n", encoding="utf-8")
             try:

@@ -60,7 +60,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for name in models:
         cut = token_windows(texts, load_tokenizer(name), sequence_length, windows)
-        tokens = torch.tensor(cut["input_ids"])
+        tokens = torch.tensor(cut["input_ids"][:])
         for chosen in dtype:
             model = load_model(name, dtype=dtypes[chosen])
             value = perplexity(model, tokens, batch_size=batch_size, description=f"{name}, {chosen.value}")

@@ -51,7 +51,7 @@ def quantize(
     quantize_checkpoint(
         model,
         out,
-        tokenizer.batch_decode(windows["input_ids"]),
+        tokenizer.batch_decode(windows["input_ids"][:]),
         bits=bits,
         group_size=group_size,
         symmetric=not asymmetric,

@@ -108,7 +108,7 @@ def _with_adapter(model: str, config: Any, arguments: Any) -> Any:
     method = quantization_of(model)
     if method != "gptq":
         raise ValueError(
-            f"{model} is not a GPTQ checkpoint, its quantization is {method}: make one with `peft-quant quantize`, or "
+            f"{model} is not a GPTQ checkpoint (quant_method: {method}): make one with `peft-quant quantize`, or "
             "train the float model with `peft-quant train qft`."
         )
     return get_peft_model(load_model(model, device=arguments.device), config)

@@ -107,7 +107,7 @@ def measure(model: Any, arguments: TrainingArguments, windows: Dataset | None, w
 
     return perplexity(
         extract_model_from_parallel(model, keep_fp32_wrapper=False),
-        torch.tensor(windows["input_ids"]),
+        torch.tensor(windows["input_ids"][:]),
         batch_size=arguments.per_device_eval_batch_size,
         description=f"perplexity, {what}" if is_first_process() else None,
     )
@@ -121,9 +121,7 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
     """
     from ..resume import SaveOnInterrupt
 
-    report = getattr(import_module("peft_quant"), "ReportCallback", None)
-    if report is not None:
-        trainer.add_callback(report())
+    _report(trainer)
     interrupt = SaveOnInterrupt(trainer)
     with interrupt.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -131,6 +129,17 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
         say(f"stopped after step {trainer.state.global_step}; its checkpoint is in {output}", error=True)
         raise KeyboardInterrupt
     trainer.save_model(str(output))
+
+
+def _report(trainer: Trainer) -> None:
+    """Let the trainer write its report."""
+    report = getattr(import_module("peft_quant"), "ReportCallback", None)
+    if report is None:
+        return
+    try:
+        trainer.add_callback(report())
+    except ImportError as error:
+        say(f"no report: {error}", error=True)
 
 
 def finish(
