@@ -116,7 +116,7 @@ def _vllm(packing: Packing) -> tuple[bool | None, str, str]:
         return True, "", rule
     if packing.group_size == -1:
         return None, "", f"Marlin is for {_MARLIN_TILES}"
-    return True, "`--dtype float16`", f"in fp16 it has a kernel for other shapes than {_MARLIN_TILES}, as Marlin needs"
+    return True, "`--dtype float16`", f"by its ExLlama kernel, which is for fp16; Marlin is for {_MARLIN_TILES}"
 
 
 def _sglang(packing: Packing) -> tuple[bool | None, str, str]:
