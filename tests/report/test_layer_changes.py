@@ -63,6 +63,15 @@ def test_two_adapters_on_one_scale(drawn, tmp_path):
     assert bar.get_ylabel() == "relative change of scales or weights"
 
 
+def test_long_titles_stay_above_their_panel(drawn, tmp_path):
+    rows = [change(0, module, 0.1) for module in MODULES]
+    plot_layer_changes(rows, tmp_path / "two.png", other=rows, titles=("a-run-with-all-its-settings-in-its-name", "b"))
+    (figure,) = drawn
+    left, right, _ = (axes.title.get_window_extent() for axes in figure.axes)
+    assert left.x0 >= 0
+    assert left.x1 < right.x0
+
+
 def test_absolute_changes_unless_all_are_relative(drawn, tmp_path):
     plot_layer_changes([change(0, MODULES[0], 0.5), change(0, MODULES[1], None)], tmp_path / "absolute.png")
     assert grids(drawn[0]) == [[[50, 100]]]
