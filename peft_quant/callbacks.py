@@ -344,7 +344,7 @@ def _summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[s
         "Base format": _base_format(model),
         "Trained": f"{values:,} values, {' and '.join(_precisions(trained))}, {format_bytes(size)}",
         "Steps": f"{state.global_step:,} of {state.max_steps:,}, epoch {state.epoch or 0:.3g}",
-        "Batch": f"{batch} sequences a step",
+        "Sequences a step": batch,
         "Tokens": f"{_tokens(state):,}" if _tokens(state) else None,
         "Learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "Seed": str(args.seed),
