@@ -6,29 +6,20 @@ Importing this package registers its methods with PEFT; use them through `get_pe
 from typing import TYPE_CHECKING, Any
 
 from .compat import __version__ as __version__
-from .compat import require_supported_peft
-
-
-require_supported_peft()
-
-from .gptq import (  # noqa: E402
-    InvalidCheckpointError,
-    RepackedLayerError,
-    prepare_gptq_for_training,
-    restore_gptq_forward,
-)
-from .proof import TrainingError  # noqa: E402
-from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model  # noqa: E402
-from .report import plot_layer_errors, write_model_card  # noqa: E402
-from .tuners.hotswap import hotswap_adapter  # noqa: E402
-from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights  # noqa: E402
-from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint  # noqa: E402
+from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
+    from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
+    from .proof import TrainingError
+    from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model
     from .qft.trainer import QFTArguments, QFTMixin, QFTTrainer
+    from .report import plot_layer_errors, write_model_card
+    from .tuners.hotswap import hotswap_adapter
+    from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights
     from .tuners.lrec.correction import LRECTrainer, LRECTrainingArguments
     from .tuners.lrec.teacher import cache_teacher
+    from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint
 
 __all__ = [
     "Int8Weight",
@@ -59,14 +50,35 @@ __all__ = [
     "write_model_card",
 ]
 
-# imported when asked for: transformers' Trainer takes longer to import than all else here
+# imported when asked for: transformers' Trainer takes longer to import than all else here, and the command line must
+# answer `--help` before any of it
 _LAZY = {
+    "Int8Weight": "qft",
+    "InvalidCheckpointError": "gptq",
+    "LRECConfig": "tuners.lrec",
+    "LRECModel": "tuners.lrec",
     "LRECTrainer": "tuners.lrec.correction",
     "LRECTrainingArguments": "tuners.lrec.correction",
+    "PEQAConfig": "tuners.peqa",
+    "PEQAModel": "tuners.peqa",
     "QFTArguments": "qft.trainer",
+    "QFTConfig": "qft",
     "QFTMixin": "qft.trainer",
     "QFTTrainer": "qft.trainer",
+    "QuantizedLion": "qft",
+    "RepackedLayerError": "gptq",
+    "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
+    "export_lora": "tuners.lrec",
+    "export_qft": "qft",
+    "hotswap_adapter": "tuners.hotswap",
+    "initialize_lrec_weights": "tuners.lrec",
+    "merge_checkpoint": "tuners.peqa",
+    "plot_layer_errors": "report",
+    "prepare_gptq_for_training": "gptq",
+    "quantize_model": "qft",
+    "restore_gptq_forward": "gptq",
+    "write_model_card": "report",
 }
 
 
@@ -76,3 +88,24 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register_methods() -> None:
+    """Register PEQA and LREC with PEFT, and int8 checkpoints with transformers.
+
+    Importing the package has done it, but in the package's own command line, whose commands call this.
+
+    Raises:
+        ImportError: another version of PEFT than this package was tested with.
+    """
+    require_supported_peft()
+    from . import gptq, qft, report  # noqa: F401
+    from .tuners import hotswap, lrec, peqa  # noqa: F401
+
+
+if not is_command_line():
+    register_methods()

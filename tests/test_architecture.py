@@ -22,7 +22,11 @@ ALLOWED = {
     "registry": set(),
     "compat": set(),
     "proof": set(),
+    "cli": {"cli", "compat"},
+    "__main__": {"cli"},
 }
+# what a command does is imported when it is run, so that `--help` answers at once
+LIGHT = {"__future__", "typer", *sys.stdlib_module_names}
 FORBIDDEN = {
     "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
     "gptq": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
@@ -59,6 +63,8 @@ def test_imports_run_one_way(path):
         if top == "peft_quant":
             assert rest, f"{path} imports the whole package"
             assert rest[0] in ALLOWED[room], f"{path} imports {module}"
+        elif room in ("cli", "__main__"):
+            assert top in LIGHT, f"{path} imports {module}"
         elif not path.name.endswith("triton.py"):
             assert top not in FORBIDDEN[room], f"{path} imports {module}"
 
@@ -86,3 +92,7 @@ assert seconds < 1, seconds
 
 def test_public_names_exist():
     assert all(hasattr(peft_quant, name) for name in peft_quant.__all__)
+
+
+def test_the_lazy_names_are_the_public_ones():
+    assert set(peft_quant._LAZY) == set(peft_quant.__all__) <= set(dir(peft_quant))

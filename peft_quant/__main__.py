@@ -1,0 +1,7 @@
+"""`python -m peft_quant`."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The command line: `peft-quant`, `python -m peft_quant`, `accelerate launch -m peft_quant`.
+
+A command is a function in the file of its name; what it does is done by the library. Files here import nothing but the
+standard library and typer at their top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ..compat import __version__
+from . import env
+
+
+app = typer.Typer(
+    name="peft-quant",
+    help="Fine-tune large language models whose weights stay quantized: PEQA, LREC and QFT.",
+    epilog="PEFT_QUANT_DEBUG=1 in the environment shows where an error comes from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+app.command("env")(env.env)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-quant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all is well, 1 after an error, 2 if it was used wrongly, 130 after Ctrl-C.
+
+    Args:
+        arguments: of the command line; those of this process by default.
+    """
+    try:
+        app(arguments, prog_name="peft-quant")
+    except Exception as error:
+        if os.environ.get("PEFT_QUANT_DEBUG"):
+            raise
+        # an error made to be read explains itself; of another one the type may be all that does
+        name = (
+            "" if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) else f"{type(error).__name__}: "
+        )
+        typer.echo(f"error: {name}{' '.join(str(error).split())}", err=True)
+        sys.exit(1)

@@ -1,0 +1,69 @@
+"""`peft-quant env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from ..compat import __version__
+
+
+_PACKAGES = {  # by what is imported
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface_hub",
+    "datasets": "datasets",
+    "gptqmodel": "gptqmodel",
+    "optimum": "optimum",
+    "triton": "triton",
+    "trl": "trl",
+    "bitsandbytes": "bitsandbytes",
+    "matplotlib": "matplotlib",
+}
+
+
+def env() -> None:
+    """Versions, device and threads, as a table for a bug report."""
+    typer.echo("| what | found |\n|---|---|")
+    for name, value in _rows():
+        typer.echo(f"| {name} | {value} |")
+
+
+def _rows() -> Iterator[tuple[str, str]]:
+    yield "peft-quant", __version__
+    yield "Python", platform.python_version()
+    yield "platform", platform.platform()
+    for module, package in _PACKAGES.items():
+        yield package, _state(module, package)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+        yield "CUDA", torch.version.cuda or "torch was built without"
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            yield f"GPU {index}", f"{found.name}, {found.total_memory / 1e9:.1f} GB, sm_{found.major}{found.minor}"
+        if not torch.cuda.device_count():
+            yield "GPU", "none"
+
+
+def _state(module: str, package: str) -> str:
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return "not installed"
+    try:
+        with redirect_stdout(sys.stderr):
+            import_module(module)
+    except Exception as error:
+        return f"{installed}, cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    return installed
