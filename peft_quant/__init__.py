@@ -10,6 +10,7 @@ from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
+    from .estimate import estimate_memory
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .proof import TrainingError
     from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model
@@ -38,6 +39,7 @@ __all__ = [
     "RepackedLayerError",
     "TrainingError",
     "cache_teacher",
+    "estimate_memory",
     "export_lora",
     "export_qft",
     "hotswap_adapter",
@@ -69,6 +71,7 @@ _LAZY = {
     "RepackedLayerError": "gptq",
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
+    "estimate_memory": "estimate",
     "export_lora": "tuners.lrec",
     "export_qft": "qft",
     "hotswap_adapter": "tuners.hotswap",

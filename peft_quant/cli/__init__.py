@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import env
+from . import env, estimate
 
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
     },
 )
 app.command("env")(env.env)
+app.command("estimate")(estimate.estimate)
 
 
 def _print_version(wanted: bool) -> None:

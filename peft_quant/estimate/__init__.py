@@ -1,0 +1,280 @@
+"""Will it fit? The memory of a training run, counted from a model's config alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Hashable
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from ..report.memory import MemoryReport, MemoryRow
+from .count import GRADIENTS, KINDS, SCALES, WEIGHTS, Amounts, total_bytes
+from .subject import AFTER_BACKWARD, METHODS, OPTIMIZERS, Subject
+
+
+__all__ = ["KINDS", "METHODS", "OPTIMIZERS", "Estimate", "estimate_memory", "read_config"]
+
+_BITS, _GROUP_SIZE = 4, 128
+_LARGEST_PERIOD = 6  # of layers of several kinds
+_STATES = KINDS[:6]
+_NAMES = {"adamw": "fp32", "adamw8bit": "8 bits, fp32 scale for 256"}
+
+
+def estimate_memory(
+    config: PretrainedConfig | str | os.PathLike[str],
+    method: str,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    rank: int = 16,
+    batch: int = 1,
+    sequence: int = 2048,
+    checkpointing: bool = True,
+    optimizer: str = "adamw",
+) -> MemoryReport:
+    """What a training step holds in the memory of one GPU, before anything but a config is downloaded.
+
+    A model of the config's shapes, without values, runs forward and backward under the method, and every tensor is
+    counted while it lives, for any architecture of transformers. The step is that of a `Trainer` with `bf16=True`:
+    what is not quantized is bf16, adapters are fp32, the loss is the model's own, on all logits. Layers that are alike
+    are not all run: what further ones add is known from two depths.
+
+    The total is the peak of what tensors hold, `torch.cuda.max_memory_allocated()`. The CUDA context, workspaces of
+    cuBLAS and what the allocator keeps but does not use come on top.
+
+    Args:
+        config: a config, its `config.json`, a directory with one, or the Hub id of a model.
+        method: what trains, and on what.
+
+            | | weights of the blocks | trained |
+            |---|---|---|
+            | `"peqa"` | GPTQ | the scales |
+            | `"lrec"` | GPTQ | a low-rank branch |
+            | `"qft-stack"` | int8 with 1 % of outliers | all parameters, gradients in int8 |
+            | `"qft-fused"` | the same | all parameters, each updated within backward |
+            | `"lora"` | bf16 | PEFT's LoRA |
+            | `"qlora"` | NF4 with double quantization | PEFT's LoRA |
+
+        bits: of a GPTQ weight: 2, 3, 4 or 8. By default what a GPTQ config says, else 4.
+        group_size: rows of a GPTQ weight that share a scale, -1 for all. By default what a GPTQ config says, else 128.
+        rank: of LREC, LoRA and QLoRA, on all linear layers of the blocks.
+        batch: sequences in one forward pass.
+        sequence: tokens of each.
+        checkpointing: whether gradient checkpointing is on.
+        optimizer: `"adamw"`, or `"adamw8bit"` of bitsandbytes. QFT has its own.
+
+    Returns:
+        Its rows are weights, scales, the rest of the model, adapter, gradients and optimizer as they are between
+        backward and the optimizer's step, and activations, decoded weights and logits as they are at the peak.
+
+    Raises:
+        ValueError: an unknown method or optimizer, a number out of range, or a model that cannot be counted: one that
+            is not a causal language model of transformers, or whose experts are one tensor.
+        OSError: there is no config.
+    """
+    estimate = Estimate(
+        config,
+        method,
+        bits=bits,
+        group_size=group_size,
+        rank=rank,
+        sequence=sequence,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+    )
+    return estimate.report(batch)
+
+
+class Estimate:
+    """[`estimate_memory`] for several batches of one model and method; arguments as there.
+
+    Attributes:
+        bits: of a weight of the blocks.
+        group_size: rows that share a scale of a GPTQ weight; None for other methods.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig | str | os.PathLike[str],
+        method: str,
+        *,
+        bits: int | None = None,
+        group_size: int | None = None,
+        rank: int = 16,
+        sequence: int = 2048,
+        checkpointing: bool = True,
+        optimizer: str = "adamw",
+    ) -> None:
+        for name, value, known in (("method", method, METHODS), ("optimizer", optimizer, OPTIMIZERS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use one of {', '.join(known)}.")
+        for name, number in (("rank", rank), ("sequence", sequence)):
+            _require_positive(name, number)
+        model = _text_config(config)
+        packed = _gptq_config(model)
+        bits = packed.get("bits", _BITS) if bits is None else bits
+        group_size = packed.get("group_size", _GROUP_SIZE) if group_size is None else group_size
+        self.bits = {"peqa": bits, "lrec": bits, "lora": 16, "qlora": 4}.get(method, 8)
+        self.group_size = group_size if method in ("peqa", "lrec") else None
+        self._method, self._optimizer, self._sequence = method, optimizer, sequence
+        model.quantization_config = None
+        depth, period = model.num_hidden_layers, _period(model)
+        shallow = 4 * period + depth % period
+        depths = (shallow, shallow + period) if shallow + period < depth else (depth,)
+        self._further = (depth - depths[0]) // period
+        self._kind = model.model_type
+        options = {
+            "bits": bits,
+            "group_size": group_size,
+            "rank": rank,
+            "checkpointing": checkpointing,
+            "optimizer": optimizer,
+        }
+        self._subjects = [Subject(_of_depth(model, n), method, 2 * period, **options) for n in depths]
+        self._counted: dict[int, dict[Hashable, Amounts]] = {}
+
+    def report(self, batch: int = 1) -> MemoryReport:
+        """What a step with a batch of so many sequences holds."""
+        counted = dict(self._count(batch))
+        states = counted.pop(AFTER_BACKWARD)
+        peak = max(counted.values(), key=total_bytes)
+        # gradients come as activations go
+        gradients = max(states[GRADIENTS], peak[GRADIENTS])
+        amounts = {**peak, **{kind: states[kind] for kind in _STATES}, GRADIENTS: gradients}
+        rows = [
+            MemoryRow(kind, self._precision(kind), values, size, kind in _STATES)
+            for kind, (size, values) in amounts.items()
+            if size
+        ]
+        parameters = self._extrapolate(*({"": {"": (0, s.parameters)}} for s in self._subjects))[""][""][1]
+        return MemoryReport(rows, parameters, apart=gradients[0] - peak[GRADIENTS][0])
+
+    def peak(self, batch: int = 1) -> int:
+        """Bytes: the report's total."""
+        return max(total_bytes(amounts) for event, amounts in self._count(batch).items() if event != AFTER_BACKWARD)
+
+    def largest_batch(self, memory: int) -> int:
+        """The most sequences whose peak is at most so many bytes; 0 if one does not fit."""
+        fits, too_many, guess = 0, 0, 1
+        while True:
+            if self.peak(guess) <= memory:
+                fits = guess
+            else:
+                too_many = guess
+            if too_many == fits + 1:
+                return fits
+            guess = self._next(fits, too_many, memory)
+
+    def _next(self, fits: int, too_many: int, memory: int) -> int:
+        """A batch to try, on the line through the two that are nearest to the memory."""
+        if fits <= 1 and not too_many:
+            return fits + 1
+        known = sorted(self._counted, key=lambda batch: abs(self.peak(batch) - memory))[:2]
+        low, high = sorted(known)
+        slope = (self.peak(high) - self.peak(low)) / (high - low)
+        guess = int(low + (memory - self.peak(low)) / slope)
+        guess = max(guess, fits + 1)
+        return min(guess, too_many - 1) if too_many else guess
+
+    def _count(self, batch: int) -> dict[Hashable, Amounts]:
+        _require_positive("batch", batch)
+        if batch not in self._counted:
+            try:
+                counted = [subject.train(batch, self._sequence) for subject in self._subjects]
+            except (NotImplementedError, RuntimeError) as error:
+                raise ValueError(f"The memory of a {self._kind} model cannot be counted: {error}.") from error
+            self._counted[batch] = self._extrapolate(*counted)
+        return self._counted[batch]
+
+    def _extrapolate(self, shallow: dict[Any, Amounts], deeper: dict[Any, Amounts] | None = None) -> dict[Any, Amounts]:
+        """Amounts at the model's depth. Every event's grow with each period by the same."""
+        if deeper is None:
+            return shallow
+        return {
+            event: {
+                kind: tuple(a + (b - a) * self._further for a, b in zip(amount, deeper[event][kind]))
+                for kind, amount in amounts.items()
+            }
+            for event, amounts in shallow.items()
+        }
+
+    def _precision(self, kind: str) -> str:
+        gptq = f"GPTQ, {self.bits} bits", "fp16, zero points, groups"
+        int8 = "int8", "fp32, outliers"
+        weights, scales = {
+            "peqa": gptq,
+            "lrec": gptq,
+            "lora": ("bf16", ""),
+            "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these"),
+        }.get(self._method, int8)
+        if self._method.startswith("qft"):
+            states = "int8, fp32 scale for 256"
+            gradients = "bf16" if self._method == "qft-fused" else states
+        else:
+            gradients, states = "fp32", _NAMES[self._optimizer]
+        return {
+            WEIGHTS: weights,
+            SCALES: scales,
+            "rest of the model": "bf16",
+            "adapter": "fp32",
+            GRADIENTS: gradients,
+            "optimizer": states,
+            "activations": "bf16, fp32",
+            "decoded weights": "bf16",
+            "logits": "bf16, fp32, gradients",
+        }[kind]
+
+
+def _require_positive(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name}={number}: use a positive number.")
+
+
+def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
+    """The config of a model: a `config.json`, a directory with one, or a Hub id, of which nothing else is downloaded.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is of a model that transformers does not have.
+    """
+    return AutoConfig.from_pretrained(os.fspath(source))
+
+
+def _text_config(config: PretrainedConfig | str | os.PathLike[str]) -> PretrainedConfig:
+    """A copy of its own."""
+    if not isinstance(config, PretrainedConfig):
+        config = read_config(config)
+    text = copy.deepcopy(config.get_text_config())
+    if getattr(text, "quantization_config", None) is None:
+        text.quantization_config = copy.deepcopy(getattr(config, "quantization_config", None))
+    return text
+
+
+def _gptq_config(config: Any) -> dict[str, Any]:
+    found = config.quantization_config or {}
+    found = found if isinstance(found, dict) else found.to_dict()
+    return found if found.get("quant_method") == "gptq" else {}
+
+
+def _layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    depth = config.num_hidden_layers
+    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth}
+
+
+def _period(config: PretrainedConfig) -> int:
+    """After so many layers the kinds of layers repeat; all of them if they do not soon."""
+    lists, depth = list(_layer_lists(config).values()), config.num_hidden_layers
+    for period in range(1, min(_LARGEST_PERIOD, depth - 1) + 1):
+        if all(values[period:] == values[:-period] for values in lists):
+            return period
+    return depth
+
+
+def _of_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    cut = copy.deepcopy(config)
+    for name, value in _layer_lists(config).items():
+        setattr(cut, name, value[:layers])
+    cut.num_hidden_layers = layers
+    return cut
