@@ -16,13 +16,17 @@ ROOT = Path(peft_quant.__file__).parent
 ALLOWED = {
     "ops": {"ops"},
     "gptq": {"gptq", "ops"},
-    "qft": {"qft", "gptq", "ops", "registry", "report", "proof"},
+    "qft": {"qft", "gptq", "ops", "registry", "report", "proof", "resume"},
     "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat", "proof"},
     "report": {"report"},
     "estimate": {"estimate", "tuners", "qft", "gptq", "ops", "report"},
     "registry": set(),
     "compat": set(),
     "proof": set(),
+    "text": set(),
+    "perplexity": set(),
+    "loading": set(),
+    "resume": set(),
     "cli": {"cli", "compat"},
     "__main__": {"cli"},
 }
@@ -38,6 +42,10 @@ FORBIDDEN = {
     "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
     "proof": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "text": {"datasets", "peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "perplexity": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "loading": {"gptqmodel", "optimum", "auto_gptq", "triton"},
+    "resume": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
 

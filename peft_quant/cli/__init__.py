@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import env, estimate
+from . import card, correct, env, estimate, eval, merge, quantize, train
+from .console import say
+from .options import PASSED_ON
 
 
 app = typer.Typer(
@@ -24,13 +26,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
-app.command("env")(env.env)
 app.command("estimate")(estimate.estimate)
+app.command("quantize")(quantize.quantize)
+app.command("train", context_settings=PASSED_ON)(train.train)
+app.command("correct", context_settings=PASSED_ON)(correct.correct)
+app.command("merge")(merge.merge)
+app.command("eval")(eval.evaluate)
+app.command("card")(card.card)
+app.command("env")(env.env)
+
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(arguments, prog_name="peft-quant")
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:
+            say("interrupted: run it again; `train` and `correct` go on where they were with --resume", error=True)
+        raise
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):
             raise

@@ -43,13 +43,23 @@ def _read_config(ctx: typer.Context, file: Path | None) -> Path | None:
     further = {key: value for key, value in given.items() if key not in names}
     if further and not ctx.allow_extra_args:
         raise typer.BadParameter(f"{file} has the key {', '.join(further)}; known are {', '.join(sorted(names))}.")
-    ctx.default_map = {names[key]: value for key, value in given.items() if key in names and value is not None}
+    own = {key: value for key, value in given.items() if key in names and value is not None}
+    ctx.default_map = {names[key]: _pairs(value) if isinstance(value, dict) else value for key, value in own.items()}
     ctx.meta[_META] = further
     return file
 
 
 def _as_key(spelling: str) -> str:
     return spelling.lstrip("-").replace("-", "_")
+
+
+def _pairs(mapping: dict[Any, Any]) -> list[str]:
+    """`NAME=VALUE` of every entry, as options take them; `OUTER:NAME=VALUE` of mappings of mappings."""
+    pairs = []
+    for name, value in mapping.items():
+        inner = [f"{name}:{pair}" for pair in _pairs(value)] if isinstance(value, dict) else [f"{name}={value}"]
+        pairs += inner
+    return pairs
 
 
 def further_options(ctx: typer.Context) -> tuple[dict[str, Any], list[str]]:
@@ -68,3 +78,8 @@ Config = Annotated[
         callback=_read_config,
     ),
 ]
+
+Column = Annotated[str, typer.Option(help="Column of the texts, of a data set or a JSON, CSV or Parquet file.")]
+Split = Annotated[str, typer.Option(help="Split of a data set, for instance 'train[:10%]'.")]
+PushToHub = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Push the result to the Hub, under this id.")]
+TEXTS = "text file, JSON lines, CSV, Parquet, directory, or Hub id (user/data, user/data:config)"

@@ -157,26 +157,25 @@ class Estimate:
 
     def largest_batch(self, memory: int) -> int:
         """The most sequences whose peak is at most so many bytes; 0 if one does not fit."""
-        fits, too_many, guess = 0, 0, 1
-        while True:
+        if self.peak(1) > memory:
+            return 0
+        # The peak is the highest of several straight lines, so that it grows at least as fast as it did, and between
+        # two batches is at most on the line through them.
+        fits, most = 1, self._on_line(1, 2, memory)
+        guess = most
+        while fits < most:
             if self.peak(guess) <= memory:
-                fits = guess
+                fits, most = guess, min(most, self._on_line(fits, guess, memory))
+                guess = most
             else:
-                too_many = guess
-            if too_many == fits + 1:
-                return fits
-            guess = self._next(fits, too_many, memory)
+                most = guess - 1
+                guess = max(self._on_line(fits, guess, memory), fits + 1)
+        return fits
 
-    def _next(self, fits: int, too_many: int, memory: int) -> int:
-        """A batch to try, on the line through the two that are nearest to the memory."""
-        if fits <= 1 and not too_many:
-            return fits + 1
-        known = sorted(self._counted, key=lambda batch: abs(self.peak(batch) - memory))[:2]
-        low, high = sorted(known)
-        slope = (self.peak(high) - self.peak(low)) / (high - low)
-        guess = int(low + (memory - self.peak(low)) / slope)
-        guess = max(guess, fits + 1)
-        return min(guess, too_many - 1) if too_many else guess
+    def _on_line(self, low: int, high: int, memory: int) -> int:
+        """The batch that reaches so many bytes, on the line through two."""
+        step = (self.peak(high) - self.peak(low)) / (high - low)
+        return low + int((memory - self.peak(low)) / step)
 
     def _count(self, batch: int) -> dict[Hashable, Amounts]:
         _require_positive("batch", batch)

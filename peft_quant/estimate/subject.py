@@ -21,7 +21,7 @@ from ..qft.policy import int8_modules
 from ..tuners.lrec import LRECConfig
 from ..tuners.packed import AdaptedLinear
 from ..tuners.peqa import PEQAConfig
-from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors
+from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors, Shapes
 from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight, shape
 
 
@@ -75,6 +75,7 @@ class Subject:
             self._weights = {id(layer.weight) for layer in layers.values()}
             self._model = _adapt(model, layers, method, bits, group_size, rank).train()
         self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
+        self._shapes = Shapes()
         self._live: LiveTensors | None = None
         self._watch(blocks)
         trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -91,7 +92,7 @@ class Subject:
         Returns:
             The amounts at the peak of each stretch of the step, and what there is between backward and optimizer.
         """
-        self._live = live = LiveTensors(batch * sequence, self._vocabulary)
+        self._live = live = LiveTensors(batch * sequence, self._vocabulary, self._shapes)
         self._hold(live)
         tokens = torch.empty(batch, sequence, dtype=torch.long, device="meta")
         with live:

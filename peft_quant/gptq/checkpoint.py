@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tqdm.auto import tqdm
 
 from .check import InvalidCheckpointError
 
@@ -84,15 +85,17 @@ class Checkpoint:
         Raises:
             ValueError: a replacement has another shape or dtype than the tensor in the file.
         """
-        for entry in sorted(self.directory.iterdir()):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                shutil.copytree(entry, target / entry.name)
-                continue
-            shutil.copyfile(entry, target / entry.name)
-            if entry.suffix == ".safetensors":
-                _replace_tensors(target / entry.name, names, replacement)
+        entries = [entry for entry in sorted(self.directory.iterdir()) if not entry.name.startswith(".")]
+        size = sum(entry.stat().st_size for entry in entries if entry.is_file())
+        with tqdm(total=size, desc=f"writing {self.directory.name}", unit="B", unit_scale=True) as progress:
+            for entry in entries:
+                if entry.is_dir():
+                    shutil.copytree(entry, target / entry.name)
+                    continue
+                shutil.copyfile(entry, target / entry.name)
+                if entry.suffix == ".safetensors":
+                    _replace_tensors(target / entry.name, names, replacement)
+                progress.update(entry.stat().st_size)
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -136,6 +139,18 @@ def _replace_tensors(file: Path, names: set[str], replacement: Replacement) -> N
             stream.write(new.view(torch.uint8).numpy().tobytes())
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> Path:
+    """The path of what is to be written.
+
+    Raises:
+        FileExistsError: it exists already.
+    """
+    target = Path(path)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose another directory or remove it.")
+    return target
+
+
 @contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a directory that appears under its name only once it is complete.
@@ -145,9 +160,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists already.
     """
-    target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: choose another directory or remove it.")
+    target = refuse_existing(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

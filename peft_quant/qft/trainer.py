@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -18,12 +17,13 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..gptq.checkpoint import replaced_files
 from ..report.card import QFT, README, update_card
 from ..report.memory import MemoryReport
+from ..resume import last_complete_checkpoint
 from .checkpoint import layout_difference
 from .export import LogitError, export_qft
 from .lion import QuantizedLion
@@ -172,7 +172,11 @@ class QFTMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         trainer: Any = super()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint found in {self.args.output_dir}: train without resume_from_checkpoint."
+                )
         try:
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -406,23 +410,6 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} is not a model of transformers, which is what QFTTrainer saves and loads. Train "
             "it with QuantizedLion in a loop of your own."
         )
-
-
-def _last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end; `trainer_state.json` comes last."""
-    found = {
-        int(directory.name.rpartition("-")[2]): directory
-        for directory in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if directory.name.rpartition("-")[2].isdigit()
-    }
-    for step in sorted(found, reverse=True):
-        try:
-            json.loads((found[step] / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end, and is passed over.", found[step])
-            continue
-        return os.fspath(found[step])
-    raise ValueError(f"No complete checkpoint found in {output_dir}: train without resume_from_checkpoint.")
 
 
 def _load_weights(model: PreTrainedModel, directory: str) -> None:

@@ -84,7 +84,7 @@ class Int8Weight(torch.Tensor):
             raise ValueError(f"An int8 weight is a matrix, found the shape {tuple(weight.shape)}: keep it in 16 bits.")
         if not 0 <= outlier_ratio < 1:
             raise ValueError(f"outlier_ratio is a share in [0, 1), found {outlier_ratio}. The usual one is 0.01.")
-        weight = weight.detach()
+        weight = weight.detach().contiguous()
         if not weight.isfinite().all():
             raise ValueError("The weight has infinite or NaN elements, which int8 cannot hold: repair the checkpoint.")
         outliers = round(outlier_ratio * weight.shape[1])

@@ -6,16 +6,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 from gptq_models import load
+from hub_client import client
 from hub_server import Hub, serve
-from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftModel, get_peft_model
 from qft_models import assert_equal, int8_llama, trainer
@@ -60,24 +59,6 @@ for name in adapters:
     run(name, AutoPeftModelForCausalLM.from_pretrained(repository, revision=revision or None, **options))
 save_file(logits, output_file)
 """
-
-
-@contextmanager
-def client(hub, home, storage="lfs"):
-    """This process as the hub's client; the tests' environment keeps it offline otherwise."""
-    hub.large = () if storage == "regular" else (".safetensors", ".bin")
-    with serve(hub) as endpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", endpoint)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", storage != "xet")
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
-        patch.setattr(transformers.utils.hub, "_hf_api", None)
-        patch.setenv("HF_HUB_OFFLINE", "0")
-        patch.setenv("HF_TOKEN", "hf_user")
-        patch.setenv("HF_XET_CACHE", str(home / "xet"))
-        yield endpoint
 
 
 def tuned(checkpoint, method="peqa", seed=0):

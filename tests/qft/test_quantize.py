@@ -153,6 +153,11 @@ class TestGPTQ:
         assert (model(input_ids).logits - expected).abs().max() < 5e-3 * expected.abs().max()
         assert model.config.quantization_config.quant_method == "qft"
 
+    def test_decoded_weights_lie_as_those_of_a_float_model_do(self, checkpoint):
+        model = quantize_model(load(checkpoint), QFTConfig(outlier_ratio=0.0))
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert all(part.is_contiguous() for part in weight.parts.values())
+
     @pytest.mark.parametrize("layer_bias", (False, True))
     def test_codes(self, layer_bias):
         packed = random_packed(8)

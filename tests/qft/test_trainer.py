@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_quant
 from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTMixin, QFTTrainer, QuantizedLion, TrainingError
-from peft_quant.qft.trainer import _check_arguments, _last_complete_checkpoint
+from peft_quant.qft.trainer import _check_arguments
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2}
@@ -212,12 +212,7 @@ class TestCheckpoints:
             assert all(torch.equal(tensor, states[1][number][name]) for name, tensor in state.items())
             assert state["momentum"].dtype == torch.int8
 
-    def test_one_that_was_not_written_to_its_end_is_passed_over(self, tmp_path):
-        for step in (2, 10):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-        (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
-        assert _last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    def test_there_must_be_one_to_resume_from(self, tmp_path):
         with pytest.raises(ValueError, match="No complete checkpoint found"):
             trainer(tmp_path / "none").train(resume_from_checkpoint=True)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ... import gptq
@@ -244,7 +245,8 @@ def cache_teacher(
     _write_manifest(directory, manifest)
     done = set(_Shards(directory, manifest["shards"]).entries)
     shard = _Shard()
-    for batch in data:
+    size = len(data) if isinstance(data, Sized) else None
+    for batch in tqdm(data, total=size, desc="teacher cache", unit="batch"):
         batch = _as_batch(batch)
         samples = [(ids, own, _digest(ids)) for ids, own in _samples(batch)]
         if all(len(ids) < 2 or digest in done for ids, _, digest in samples):

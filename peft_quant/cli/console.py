@@ -1,0 +1,58 @@
+"""What is printed: results on stdout, and neither twice by processes of one run nor among other packages' chatter."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+
+_CHATTER = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "GPTQMODEL_DISABLE_GIL_WARNING": "1",
+    "GPTQMODEL_DISABLE_PACK_EXT": "1",  # or the first packing compiles C++ for a minute
+}
+
+
+def prepare() -> None:
+    """Register the methods, and switch off what other packages print at import. What loads models calls it first."""
+    quiet()
+    from .. import register_methods
+
+    register_methods()
+
+
+def quiet() -> None:
+    """Switch off what other packages print at import."""
+    for name, value in _CHATTER.items():
+        os.environ.setdefault(name, value)
+    for name in ("torchao", "torch.utils._pytree", "torch.distributed.elastic", "optimum"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from logbar import LogBar  # which gptqmodel brings
+    except ImportError:
+        pass
+    else:
+        LogBar.shared().setLevel("ERROR")
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line, once."""
+    if is_first_process():
+        typer.echo(text, err=error)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as a Markdown table; floats with four digits."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        f"| {' | '.join(f'{cell:.4g}' if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines
+    )

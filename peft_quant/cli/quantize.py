@@ -1,0 +1,60 @@
+"""`peft-quant quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import prepare, say
+from .options import TEXTS, Column, Config, Split
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Float model, with its tokenizer: directory or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
+    calibration: Annotated[str, typer.Option(help=f"Text like that the model is for: {TEXTS}.")],
+    column: Column = "text",
+    split: Split = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the text to calibrate on, spread evenly.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="In-features that share a scale; -1 for one scale per output channel.")
+    ] = 128,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Zero points of their own (gptq_v2 format).")
+    ] = False,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="Columns by decreasing activation (desc_act).")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Quantize a float model to a GPTQ checkpoint.
+
+    transformers, optimum and gptqmodel do it, with the float model in memory in fp32. Interrupted, it leaves nothing,
+    and starts from the beginning when it is run again.
+    """
+    prepare()
+    import torch
+
+    from ..gptq.checkpoint import refuse_existing
+    from ..gptq.quantize import quantize_checkpoint
+    from ..loading import load_tokenizer
+    from ..text import read_texts, token_windows
+
+    refuse_existing(out)
+    torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
+    tokenizer = load_tokenizer(model)
+    windows = token_windows(read_texts(calibration, column, split), tokenizer, sequence_length, samples)
+    quantize_checkpoint(
+        model,
+        out,
+        tokenizer.batch_decode(windows["input_ids"][:]),
+        bits=bits,
+        group_size=group_size,
+        symmetric=not asymmetric,
+        act_order=act_order,
+    )
+    say(f"{out} is {model} in {bits} bits, calibrated on {len(windows)} windows of {sequence_length} tokens.")
