@@ -13,7 +13,9 @@ import argparse
 import csv
 import re
 import statistics
+import sys
 from collections import defaultdict
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +51,12 @@ class Cell(NamedTuple):
 
     def estimate(self) -> float:
         """GB."""
-        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **SHAPES[self.shape])
-        return estimate_memory(config, **self._asdict_of_options()).total / 1e9
-
-    def _asdict_of_options(self) -> dict[str, object]:
-        return {name: value for name, value in self._asdict().items() if name not in ("gpu", "shape")}
+        options = self._asdict()
+        shape = SHAPES[options.pop("shape")]
+        del options["gpu"]
+        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **shape)
+        with redirect_stdout(sys.stderr):  # packages greet
+            return estimate_memory(config, **options).total / 1e9
 
 
 def measured(directory: Path) -> dict[Cell, float]:
@@ -93,7 +96,12 @@ def main() -> None:
     for cell in sorted(cells, key=lambda c: (c.gpu, list(SHAPES).index(c.shape), order.index(c.method), c[3:])):
         estimate, peak = cell.estimate(), cells[cell]
         names = [cell.gpu, cell.shape.upper(), cell.method, f"{cell.batch} x {cell.sequence}"]
-        names += ["yes" if cell.checkpointing else "no", f"{peak:.2f}", f"{estimate:.2f}", f"{estimate / peak - 1:+.1%}"]
+        names += [
+            "yes" if cell.checkpointing else "no",
+            f"{peak:.2f}",
+            f"{estimate:.2f}",
+            f"{estimate / peak - 1:+.1%}",
+        ]
         print("| " + " | ".join(names) + " |", flush=True)
 
 

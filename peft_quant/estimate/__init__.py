@@ -10,7 +10,20 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..report.memory import MemoryReport, MemoryRow
-from .count import GRADIENTS, KINDS, SCALES, WEIGHTS, Amounts, total_bytes
+from .count import (
+    ACTIVATIONS,
+    ADAPTER,
+    DECODED,
+    GRADIENTS,
+    KINDS,
+    LOGITS,
+    OPTIMIZER,
+    REST,
+    SCALES,
+    WEIGHTS,
+    Amounts,
+    total_bytes,
+)
 from .subject import AFTER_BACKWARD, METHODS, OPTIMIZERS, Subject
 
 
@@ -18,8 +31,7 @@ __all__ = ["KINDS", "METHODS", "OPTIMIZERS", "Estimate", "estimate_memory", "rea
 
 _BITS, _GROUP_SIZE = 4, 128
 _LARGEST_PERIOD = 6  # of layers of several kinds
-_STATES = KINDS[:6]
-_NAMES = {"adamw": "fp32", "adamw8bit": "8 bits, fp32 scale for 256"}
+_STATES = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER)
 
 
 def estimate_memory(
@@ -125,7 +137,7 @@ class Estimate:
         depths = (shallow, shallow + period) if shallow + period < depth else (depth,)
         self._further = (depth - depths[0]) // period
         self._kind = model.model_type
-        options = {
+        options: dict[str, Any] = {
             "bits": bits,
             "group_size": group_size,
             "rank": rank,
@@ -133,6 +145,7 @@ class Estimate:
             "optimizer": optimizer,
         }
         self._subjects = [Subject(_of_depth(model, n), method, 2 * period, **options) for n in depths]
+        self._parameters = self._at_depth(*(subject.parameters for subject in self._subjects))
         self._counted: dict[int, dict[Hashable, Amounts]] = {}
 
     def report(self, batch: int = 1) -> MemoryReport:
@@ -148,8 +161,7 @@ class Estimate:
             for kind, (size, values) in amounts.items()
             if size
         ]
-        parameters = self._extrapolate(*({"": {"": (0, s.parameters)}} for s in self._subjects))[""][""][1]
-        return MemoryReport(rows, parameters, apart=gradients[0] - peak[GRADIENTS][0])
+        return MemoryReport(rows, self._parameters, apart=gradients[0] - peak[GRADIENTS][0])
 
     def peak(self, batch: int = 1) -> int:
         """Bytes: the report's total."""
@@ -187,42 +199,45 @@ class Estimate:
             self._counted[batch] = self._extrapolate(*counted)
         return self._counted[batch]
 
-    def _extrapolate(self, shallow: dict[Any, Amounts], deeper: dict[Any, Amounts] | None = None) -> dict[Any, Amounts]:
-        """Amounts at the model's depth. Every event's grow with each period by the same."""
-        if deeper is None:
-            return shallow
+    def _extrapolate(self, *counted: dict[Hashable, Amounts]) -> dict[Hashable, Amounts]:
+        """Amounts at the model's depth."""
         return {
             event: {
-                kind: tuple(a + (b - a) * self._further for a, b in zip(amount, deeper[event][kind]))
-                for kind, amount in amounts.items()
+                kind: (
+                    self._at_depth(*(amounts[event][kind][0] for amounts in counted)),
+                    self._at_depth(*(amounts[event][kind][1] for amounts in counted)),
+                )
+                for kind in KINDS
             }
-            for event, amounts in shallow.items()
+            for event in counted[0]
         }
+
+    def _at_depth(self, shallow: int, deeper: int = 0) -> int:
+        """A number of the model, of which every further period adds as much as the one that was counted."""
+        return shallow + (deeper - shallow) * self._further if self._further else shallow
 
     def _precision(self, kind: str) -> str:
         gptq = f"GPTQ, {self.bits} bits", "fp16, zero points, groups"
-        int8 = "int8", "fp32, outliers"
         weights, scales = {
             "peqa": gptq,
             "lrec": gptq,
             "lora": ("bf16", ""),
             "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these"),
-        }.get(self._method, int8)
-        if self._method.startswith("qft"):
-            states = "int8, fp32 scale for 256"
-            gradients = "bf16" if self._method == "qft-fused" else states
-        else:
-            gradients, states = "fp32", _NAMES[self._optimizer]
+        }.get(self._method, ("int8", "fp32, outliers"))
+        blocks = "int8, fp32 scale a block"
+        gradients, states = {"qft-stack": (blocks, blocks), "qft-fused": ("bf16", blocks)}.get(
+            self._method, ("fp32", {"adamw": "fp32", "adamw8bit": "8 bits, fp32 scale a block"}[self._optimizer])
+        )
         return {
             WEIGHTS: weights,
             SCALES: scales,
-            "rest of the model": "bf16",
-            "adapter": "fp32",
+            REST: "bf16",
+            ADAPTER: "fp32",
             GRADIENTS: gradients,
-            "optimizer": states,
-            "activations": "bf16, fp32",
-            "decoded weights": "bf16",
-            "logits": "bf16, fp32, gradients",
+            OPTIMIZER: states,
+            ACTIVATIONS: "bf16, fp32",
+            DECODED: "bf16",
+            LOGITS: "bf16, fp32, gradients",
         }[kind]
 
 

@@ -53,7 +53,7 @@ class Shapes:
         if key in self._in_place:
             return args[0]
         result = func(*args, **kwargs)
-        if result is args[0]:
+        if args and result is args[0]:
             self._in_place.add(key)
             return result
         given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}

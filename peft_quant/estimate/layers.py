@@ -58,7 +58,8 @@ class NF4Linear(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        rows, columns = self.in_features, self.out_features = shape(layer)
+        rows, columns = shape(layer)
+        self.in_features, self.out_features = rows, columns
         blocks = -(-rows * columns // _NF4_BLOCK)
         self.register_buffer("qweight", torch.empty(rows * 4 // WORD_BITS, columns, dtype=torch.int32))
         self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8))

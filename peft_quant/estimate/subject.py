@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from ..tuners.lrec import LRECConfig
 from ..tuners.packed import AdaptedLinear
 from ..tuners.peqa import PEQAConfig
 from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors, Shapes
-from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight, shape
+from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight
 
 
 METHODS = ("peqa", "lrec", "qft-stack", "qft-fused", "lora", "qlora")
@@ -60,21 +59,23 @@ class Subject:
         checkpointing: bool,
         optimizer: str,
     ) -> None:
-        self._method, self._edge, self._vocabulary = method, edge, config.vocab_size
+        self._edge, self._vocabulary = edge, config.vocab_size
+        self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights without values
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             self.parameters = sum(p.numel() for p in model.parameters())
-            blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            blocks: list[nn.Module] = [
+                module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+            ]
             _check(model, blocks, config.num_hidden_layers)
             if checkpointing:
-                options = {"use_reentrant": False, "preserve_rng_state": False}
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
                 options["context_fn"] = lambda: (nullcontext(), self._gpu)
                 model.gradient_checkpointing_enable(options)
             layers = _linear_layers(model, blocks)
             self._weights = {id(layer.weight) for layer in layers.values()}
             self._model = _adapt(model, layers, method, bits, group_size, rank).train()
-        self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
         self._shapes = Shapes()
         self._live: LiveTensors | None = None
         self._watch(blocks)
@@ -113,7 +114,7 @@ class Subject:
         return live.peaks
 
     def _hold(self, live: LiveTensors) -> None:
-        for name, parameter in self._model.named_parameters():
+        for parameter in self._model.parameters():
             if isinstance(parameter, Int8Weight):
                 for part, tensor in parameter.parts.items():
                     live.hold(tensor, WEIGHTS if part == "codes" else SCALES)
@@ -124,7 +125,7 @@ class Subject:
         for module in self._model.modules():
             quantized = isinstance(module, (PackedLinear, NF4Linear))
             for name, buffer in module.named_buffers(recurse=False):
-                if name == "qweight":
+                if isinstance(module, (PackedLinear, NF4Linear)) and name == "qweight":
                     live.hold(buffer, WEIGHTS, module.in_features * module.out_features)
                 else:
                     live.hold(buffer, SCALES if quantized and name != "bias" else REST)
@@ -169,7 +170,7 @@ def _check(model: nn.Module, blocks: list[nn.Module], expected: int) -> None:
     kind = type(model).__name__
     if len(blocks) != expected:
         raise ValueError(
-            f"{kind} has {len(blocks)} decoder blocks where its config says {expected}: such models cannot be estimated."
+            f"{kind} has {len(blocks)} decoder blocks where its config says {expected}: it cannot be estimated."
         )
     for name, parameter in blocks[0].named_parameters():
         if parameter.ndim > 2:
@@ -188,9 +189,7 @@ def _linear_layers(model: nn.Module, blocks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _adapt(
-    model: Any, layers: dict[str, Any], method: str, bits: int, group_size: int, rank: int
-) -> nn.Module:
+def _adapt(model: Any, layers: dict[str, Any], method: str, bits: int, group_size: int, rank: int) -> nn.Module:
     if method.startswith("qft"):
         config = QFTConfig()
         for layer in int8_modules(model, config).values():
