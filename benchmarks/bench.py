@@ -34,6 +34,9 @@ CELLS = (
     f"--peer ours --method lrec {FAST} {ADAM8}",
     f"--peer ours --method lrec {GRAPHS} {ADAM8}",
     f"--peer ours --method lrec {GRAPHS}",
+    f"--peer ours --method lrec --checkpointing 1 {FAST}",
+    f"--peer ours --method lrec --checkpointing 0 {GRAPHS} --optimizer torchao-adamw8bit",
+    f"--peer ours --method lrec --checkpointing 1 {FAST} --optimizer torchao-adamw8bit",
     f"--peer ours --method peqa {FAST}",
     f"--peer ours --method peqa {FAST} {ADAM8}",
     f"--peer ours --method peqa --checkpointing 0 {GRAPHS}",
@@ -46,7 +49,8 @@ CELLS = (
     f"--peer bitsandbytes --method lora {FAST} {ADAM8}",
     f"--peer gptqmodel --method lora {LEAN} {ADAM8}",
     f"--peer gptqmodel --method peqa {LEAN}",
-    f"--peer hqq --method lora {LEAN} {ADAM8}",
+    f"--peer hqq --method lora --checkpointing 0 {LEAN} {ADAM8}",
+    f"--peer hqq --method lora --checkpointing 1 {LEAN} {ADAM8}",
     # kept activations in CPU memory
     f"--peer ours --method lrec --checkpointing 1 --offload {FAST} {ADAM8}",
     f"--peer unsloth --method lora --checkpointing 1 --offload {ADAM8}",
@@ -56,6 +60,7 @@ CELLS = (
     # 1 x 512 tokens
     f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS} {ADAM8}",
     f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS}",
+    f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS} --optimizer torchao-adamw8bit",
     f"--peer unsloth --method lora --seq 512 --checkpointing 0 {ADAM8}",
     f"--peer bitsandbytes --method lora --seq 512 --checkpointing 0 {FAST} {ADAM8}",
     # a step of LREC's correction
@@ -71,13 +76,36 @@ CELLS = (
     f"--peer bitsandbytes --method full {FULL} {ADAM8}",
     f"--peer bitsandbytes --method full {FULL} --optimizer lion8bit",
     f"--peer bitsandbytes --method full {FULL} --optimizer lion8bit --in-backward",
+    f"--peer torch --method full --checkpointing 1 {FAST}",
+    f"--peer torch --method full --checkpointing 1 {FAST} --optimizer sgd --in-backward",
+    f"--peer torch --method full --checkpointing 1 {FAST} --optimizer torchao-adamw8bit",
+    f"--peer bitsandbytes --method full --checkpointing 1 {FAST} {ADAM8}",
+    f"--peer bitsandbytes --method full --checkpointing 1 {FAST} --optimizer lion8bit",
+    f"--peer bitsandbytes --method full --checkpointing 1 {FAST} --optimizer lion8bit --in-backward",
     # the 65B shape
     f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
     # without compiling, and with PyTorch's loss
     "--peer ours --method peqa",
     "--peer ours --method lora",
     "--peer ours --method lrec",
+    f"--peer ours --method lrec --checkpointing 1 {ADAM8}",
     "--peer peft --method lora",
+    # what the estimate of memory is compared with
+    *(
+        f"--peer {peer} --method {method} --shape {shape} --checkpointing 1"
+        for shape in ("1b", "7b", "13b")
+        for peer, method in (
+            ("ours", "peqa"),
+            ("ours", "lrec"),
+            ("ours", "qft-stack"),
+            ("ours", "qft-fused"),
+            ("peft", "lora"),
+            ("bitsandbytes", "lora"),
+        )
+    ),
+    "--peer ours --method peqa --shape 1b --checkpointing 0",
+    "--peer ours --method lrec --shape 1b --checkpointing 0",
+    "--peer ours --method lrec --shape 1b --checkpointing 1 --batch 4",
 )
 SHORTEST = 20  # seconds: no cell gets through in less
 
@@ -110,7 +138,7 @@ def main() -> None:
     print("\n".join(failed + no_time), flush=True)
     if (arguments.out / "train_step.csv").exists():
         table.show(arguments.out)
-        plot.draw(arguments.out)
+        plot.draw_speed(arguments.out)
     if failed:
         sys.exit(1)
 

@@ -35,7 +35,7 @@ METHODS = {
     ("peft", "lora-bf16"): "lora",
     ("bitsandbytes", "lora"): "qlora",
 }
-OTHER_STEPS = re.compile("--(compile|liger|offload|correction|in-backward|recompute-pointwise)|8bit|sgd")
+OTHER_STEPS = re.compile("--(compile|liger|offload|correction|in-backward|recompute-pointwise)|lion8bit|sgd")
 
 
 class Cell(NamedTuple):
@@ -48,6 +48,7 @@ class Cell(NamedTuple):
     batch: int
     sequence: int
     checkpointing: bool
+    optimizer: str
 
     def estimate(self) -> float:
         """GB."""
@@ -79,6 +80,7 @@ def measured(directory: Path) -> dict[Cell, float]:
                 batch=int(line["batch"]),
                 sequence=int(line["seq"]),
                 checkpointing=line["checkpointing"] == "1",
+                optimizer="adamw8bit" if "--optimizer adamw8bit" in line["command"] else "adamw",
             )
             runs[cell].append(float(line["peak_gb"]))
     return {cell: statistics.median(peaks) for cell, peaks in runs.items()}
@@ -95,7 +97,8 @@ def main() -> None:
     order = list(METHODS.values())
     for cell in sorted(cells, key=lambda c: (c.gpu, list(SHAPES).index(c.shape), order.index(c.method), c[3:])):
         estimate, peak = cell.estimate(), cells[cell]
-        names = [cell.gpu, cell.shape.upper(), cell.method, f"{cell.batch} x {cell.sequence}"]
+        method = cell.method if cell.optimizer == "adamw" else f"{cell.method}, 8-bit AdamW"
+        names = [cell.gpu, cell.shape.upper(), method, f"{cell.batch} x {cell.sequence}"]
         names += [
             "yes" if cell.checkpointing else "no",
             f"{peak:.2f}",

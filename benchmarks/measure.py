@@ -211,6 +211,7 @@ def profile(step: Callable[[], Any], steps: int = 3, rows: int = 30) -> None:
 def packages(cell: argparse.Namespace) -> list[str]:
     used = {cell.peer} - {"ours", "peft", "torch"}
     used |= {"liger-kernel"} if cell.liger else set()
-    used |= {"bitsandbytes"} if cell.optimizer.endswith("8bit") else set()
+    if cell.optimizer.endswith("8bit"):
+        used.add("torchao" if cell.optimizer.startswith("torchao") else "bitsandbytes")
     used |= {"trl"} if cell.offload and cell.peer != "unsloth" else set()
     return sorted(used)

@@ -38,6 +38,12 @@ def _adamw_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return AdamW8bit(parameters, lr=LEARNING_RATE)
 
 
+def _torchao_adamw_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=LEARNING_RATE)
+
+
 def _lion_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import Lion8bit
 
@@ -51,6 +57,7 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 _CLASSES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw_8bit,
+    "torchao-adamw8bit": _torchao_adamw_8bit,
     "lion8bit": _lion_8bit,
     "sgd": _sgd,
 }

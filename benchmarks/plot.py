@@ -1,14 +1,19 @@
-"""Peak memory against speed, from `results/train_step.csv`: the 7B shape, 1 x 2048 tokens.
+"""The README's pictures, from the tables in `results`.
 
     python benchmarks/plot.py [DIRECTORY]
 
-For every peer, method and bit width, the fastest settings.
+`memory_speed.png`, of `train_step.csv`: peak memory against speed, on the 7B shape, 1 x 2048 tokens. For every peer,
+method and bit width, the fastest settings.
+
+`memory_quality.png`, of `quality.csv`: the bytes of SmolLM2-135M against its perplexity on held-out text, mean of the
+seeds.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +23,9 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import quality
 import table
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox, IdentityTransform
 
 
@@ -33,6 +40,19 @@ COLORS = {
     "hqq": "tab:purple",
     "unsloth": "tab:red",
 }
+
+# SmolLM2-135M: inputs and outputs of the matrices of a block, and the bf16 values that stay as they are
+BLOCKS = 30
+MATRICES = (*2 * [(576, 576)], *2 * [(576, 192)], *2 * [(576, 1536)], (1536, 576))
+OTHER_VALUES = 49152 * 576 + 61 * 576  # embeddings, which are the head too, and norms
+BRANCHES = {  # rows of the table, but for bits and groups: name, marker, color
+    ("eora", "eora", "0"): ("EoRA", "D", "tab:orange"),
+    ("lora", "zero", "819200"): ("LoRA, text alone", "s", "tab:green"),
+    ("rilq", "svd", "819200"): ("RILQ's loss", "v", "tab:purple"),
+    ("lrec", "whitened", "819200", "--ce-weight 0.5", "--top-k 64"): ("LREC, ce_weight=0.5", "^", "tab:blue"),
+}
+BASES = (("2", "64"), ("2", "32"), ("3", "64"), ("4", "64"))
+RANK = 32
 
 
 def fastest(directory: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
@@ -51,8 +71,71 @@ def fastest(directory: Path) -> dict[tuple[str, str, str], dict[str, tuple[float
     return points
 
 
-def draw(directory: Path) -> None:
+def megabytes(bits: int = 16, group: int = 0, rank: int = 0) -> float:
+    """What SmolLM2-135M takes: packed layers, as in a GPTQ checkpoint; a branch in fp32, as it is trained, measured
+    and stored; everything else in bf16.
+
+    A matrix of K inputs and N outputs takes `bits * K * N` bits of integers, for each of its `K / group * N` scales 16
+    bits and a zero point of `bits`, 32 K for the groups of its rows, and a branch `32 * rank * (K + N)`.
+    """
+    total = 16 * OTHER_VALUES
+    for inputs, outputs in MATRICES * BLOCKS:
+        total += bits * inputs * outputs + 32 * rank * (inputs + outputs)
+        if group:
+            total += (16 + bits) * inputs // group * outputs + 32 * inputs
+    return total / 8e6
+
+
+def draw_quality(directory: Path) -> None:
+    """Write `memory_quality.png`, unless no perplexities were recorded."""
+    if not (directory / "quality.csv").is_file():
+        return
+    cells, _ = quality.read(directory)
+    if not cells:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for corpus, axes in zip(quality.CORPORA.values(), panels):
+
+        def perplexity(*row: str, corpus: str = corpus) -> float:
+            return statistics.fmean(cells[row][corpus]) if cells[row][corpus] else math.nan
+
+        floor = perplexity("float", "", "", "", "0")
+        axes.axhline(floor, color="black", linewidth=1, linestyle=":", label=f"float, {megabytes():.0f} MB")
+        series = {("gptq", "", "0"): ("GPTQ", "o", "gray", 0)}
+        series |= {row: (*style, RANK) for row, style in BRANCHES.items()}
+        for (method, start, *options), (name, marker, color, rank) in series.items():
+            sizes = [megabytes(int(bits), int(group), rank) for bits, group in BASES]
+            values = [perplexity(method, start, *base, *options) for base in BASES]
+            axes.plot(sizes, values, f"{marker}-", color=color, markersize=6, linewidth=1, alpha=0.85, label=name)
+            if method in ("gptq", "lrec"):
+                for (bits, group), *place in zip(BASES, sizes, values):
+                    axes.annotate(
+                        f"{bits} bits g{group}",
+                        place,
+                        (-6, -3),
+                        textcoords="offset points",
+                        fontsize=8,
+                        color=color,
+                        horizontalalignment="right",
+                        verticalalignment="top",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
+                    )
+        axes.set(xlabel="MB of the model, its branch of rank 32 included", xlim=(75, 160), yscale="log")
+        axes.set(ylim=(floor / 1.4, 1.4 * axes.get_ylim()[1]), title=f"{corpus}, held-out")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity")
+    panels[1].legend(loc="upper right")
+    figure.savefig(directory / "memory_quality.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_speed(directory: Path) -> None:
     """Write `memory_speed.png`, unless nothing was measured on a GPU."""
+    if not (directory / "train_step.csv").is_file():
+        return
     points = fastest(directory)
     if not points:
         return
@@ -99,4 +182,6 @@ def place_labels(axes: plt.Axes, labels: list[tuple[tuple[float, float], str, st
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else table.RESULTS)
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else table.RESULTS
+    draw_speed(results)
+    draw_quality(results)

@@ -123,27 +123,37 @@ def _command(options: dict[str, Any], row: str) -> str:
     return " ".join([*words, *(["--only", row] if row not in ("float", "gptq") else [])])
 
 
+Cells = dict[tuple[str, ...], dict[str, list[float]]]
+"""Perplexities of the seeds by corpus, of rows (method, init, bits, group, tokens trained on, options if LREC)."""
+
+
 def show(directory: Path) -> None:
     """Print the tables of held-out text."""
-    with (directory / "quality.csv").open(encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
-    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    of_lrec, of_full = read(directory)
     if of_lrec:
         show_lrec(of_lrec)
-    if len(of_lrec) < len(lines):
-        show_full([line for line in lines if line not in of_lrec])
+    if of_full:
+        show_full(of_full)
 
 
-def show_lrec(lines: list[dict[str, str]]) -> None:
-    """Print perplexities, a table for each base."""
-    cells: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
+def read(directory: Path) -> tuple[Cells, list[dict[str, str]]]:
+    """Rows on held-out text: LREC's perplexities, and the lines of full fine-tuning."""
+    with (directory / "quality.csv").open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    for line in of_lrec:
         cells[_row(line)][line["corpus"]].append(float(line["ppl"]))
+    return cells, [line for line in lines if line not in of_lrec]
+
+
+def show_lrec(cells: Cells) -> None:
+    """Print perplexities, a table for each base."""
     floor = next(row for row in cells if row[0] == "float")
     for base in (row for row in cells if row[0] == "gptq"):
         print(f"\n{base[2]} bits, groups of {base[3]}\n\n| | " + " | | ".join(CORPORA.values()) + " | |")
         print("|---" * (1 + 2 * len(CORPORA)) + "|")
-        for row in cells:
+        for row in sorted(cells, key=_place):
             if row == floor or row[2:4] == base[2:4]:
                 texts = []
                 for corpus in CORPORA.values():
@@ -160,6 +170,11 @@ def _row(line: dict[str, str]) -> tuple[str, ...]:
         *(line[name] for name in ("method", "init", "bits", "group", "train_tokens")),
         *(options if trained and line["method"] == "lrec" else ()),
     )
+
+
+def _place(row: tuple[str, ...]) -> tuple[bool, int]:
+    """What is not trained first, then as in `METHODS`."""
+    return row[4] != "0", list(METHODS.values()).index(row[:2])
 
 
 def _title(row: tuple[str, ...]) -> str:
@@ -186,7 +201,7 @@ def show_full(lines: list[dict[str, str]]) -> None:
     corpora = list(dict.fromkeys(corpus for of_method in losses.values() for corpus in of_method))
     print(f"\nFull fine-tuning\n\n| | {' | | seeds | '.join(corpora)} | | seeds |")
     print("|---" * (1 + 3 * len(corpora)) + "|")
-    for method, of_method in losses.items():
+    for method, of_method in sorted(losses.items(), key=lambda item: not item[0].startswith("QFT")):
         texts = []
         for corpus in corpora:
             values, reference = of_method[corpus], losses[FULL_REFERENCE][corpus]

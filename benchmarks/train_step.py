@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=1, help="measure so many times --steps steps")
     parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adamw", help="8 bits: bitsandbytes'; QFT has its own"
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="8 bits: bitsandbytes' or torchao's; QFT has its own"
     )
     parser.add_argument(
         "--in-backward", action="store_true", help="step each parameter within backward, and keep no gradient"

@@ -10,12 +10,17 @@ from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from .estimate import estimate_memory
+=======
+    from .callbacks import ReportCallback
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
+    from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
     from .proof import TrainingError
     from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model
     from .qft.trainer import QFTArguments, QFTMixin, QFTTrainer
-    from .report import plot_layer_errors, write_model_card
+    from .report import plot_layer_changes, plot_layer_errors, write_model_card
     from .tuners.hotswap import hotswap_adapter
     from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights
     from .tuners.lrec.correction import LRECTrainer, LRECTrainingArguments
@@ -37,14 +42,22 @@ __all__ = [
     "QFTTrainer",
     "QuantizedLion",
     "RepackedLayerError",
+    "ReportCallback",
     "TrainingError",
     "cache_teacher",
+<<<<<<< HEAD
     "estimate_memory",
+=======
+    "compare_adapters",
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     "export_lora",
     "export_qft",
     "hotswap_adapter",
     "initialize_lrec_weights",
+    "inspect_adapter",
+    "inspect_checkpoint",
     "merge_checkpoint",
+    "plot_layer_changes",
     "plot_layer_errors",
     "prepare_gptq_for_training",
     "quantize_model",
@@ -69,14 +82,22 @@ _LAZY = {
     "QFTTrainer": "qft.trainer",
     "QuantizedLion": "qft",
     "RepackedLayerError": "gptq",
+    "ReportCallback": "callbacks",
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
+<<<<<<< HEAD
     "estimate_memory": "estimate",
+=======
+    "compare_adapters": "inspection",
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     "export_lora": "tuners.lrec",
     "export_qft": "qft",
     "hotswap_adapter": "tuners.hotswap",
     "initialize_lrec_weights": "tuners.lrec",
+    "inspect_adapter": "inspection",
+    "inspect_checkpoint": "inspection",
     "merge_checkpoint": "tuners.peqa",
+    "plot_layer_changes": "report",
     "plot_layer_errors": "report",
     "prepare_gptq_for_training": "gptq",
     "quantize_model": "qft",

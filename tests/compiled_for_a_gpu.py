@@ -76,9 +76,9 @@ GRADIENT = {
 }
 
 
-def instructions(kernel, signature, **constants):
+def instructions(kernel, signature, warps, **constants):
     """The instructions of a kernel compiled with the options it is launched with, `name: how many`."""
-    _, options = int8_triton._tiles(1 << 20)
+    _, options = int8_triton._tiles(1 << 20, warps)
     constants |= {name: options.pop(name) for name in ("EVEN", "BLOCKS")}
     names = kernel.arg_names
     multiples = [name for name in signature if name.endswith("_ptr") or name in ("elements", "group_size")]
@@ -135,9 +135,15 @@ def main():
         "qft": compiled(qft, x, *weights),
         "qft, checkpointed": compiled(checkpointed(qft), x, *weights),
         "lion": instructions(
-            int8_triton._lion_kernel, LION, r_ptr=None, ROUNDING=int8.STOCHASTIC, DROPPED=0, ALIGNED=True
+            int8_triton._lion_kernel,
+            LION,
+            int8_triton._WARPS_OF_INT8_LION,
+            r_ptr=None,
+            ROUNDING=int8.STOCHASTIC,
+            DROPPED=0,
+            ALIGNED=True,
         ),
-        "gradient": instructions(int8_triton._gradient_kernel, GRADIENT, ADD=True),
+        "gradient": instructions(int8_triton._gradient_kernel, GRADIENT, int8_triton._WARPS, ADD=True),
     }
     json.dump(results, sys.stdout)
 

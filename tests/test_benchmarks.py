@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,47 @@ def test_quality(tmp_path):
     ]
     assert recorded[4]["command"].endswith("--only lrec-svd")
     assert "--asymmetric" not in recorded[4]["command"]
+
+
+def test_quality_of_full_fine_tuning(tmp_path):
+    options = {"text": "king-james", "steps": 10, "batch_size": 2, "sequence_length": 32, "windows": 4}
+    losses = {"QFT": (3.0, 3.2), "fp32 Lion": (3.0, 3.0)}
+    rows = {
+        name: [{"seed": seed, "after": {"King James": loss, "Wikipedia": 3.5}} for seed, loss in enumerate(of_seeds)]
+        for name, of_seeds in losses.items()
+    }
+    run_of_example = {"text": "King James", "options": {**options, "dtype": "float32"}, "rows": rows}
+    file = tmp_path / "qft.json"
+    file.write_text(json.dumps({**run_of_example, "versions": "GPU; peft 0, torch 0"}))
+    lines = run("quality.py", str(file), "--out", str(tmp_path / "out")).splitlines()
+    assert [line for line in lines if line.startswith(("| QFT", "| fp32"))] == [
+        "| QFT | 3.1000 ± 0.1000 | +3.33% | 2 |",
+        "| fp32 Lion | 3.0000 |  | 2 |",
+    ]
+    with (tmp_path / "out" / "quality.csv").open() as table:
+        recorded = [row for row in csv.DictReader(table) if row["corpus"] == "King James"]
+    assert [(row["method"], row["bits"], row["seed"], row["train_tokens"]) for row in recorded] == [
+        ("QFT", "8", "0", "640"),
+        ("QFT", "8", "1", "640"),
+        ("fp32 Lion", "32", "0", "640"),
+        ("fp32 Lion", "32", "1", "640"),
+    ]
+    assert recorded[0]["command"].endswith("--dtype float32 --seeds 0 --only 'QFT'")
+
+
+def test_pictures(tmp_path):
+    for table in (BENCHMARKS / "results").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    run("plot.py", str(tmp_path))
+    for name in ("memory_speed.png", "memory_quality.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_megabytes_are_those_of_the_checkpoints():
+    code = "import plot; print(plot.megabytes(), plot.megabytes(4, 64), plot.megabytes(3, 64))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS, check=True)
+    # bytes of the tensors of SmolLM2-135M in bf16 and as GPTQ checkpoints
+    assert [round(1e6 * float(size)) for size in result.stdout.split()] == [269030016, 114523776, 101045376]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def card(
         perplexity={text: _number(value) for text, value in _pairs(perplexity, "--perplexity").items()} or None,
         compared_with=others or None,
     )
-    say(f"{path} is written.")
+    say(f"the card is in {path}")
 
 
 def _settings(given: Sequence[str] | None) -> dict[str, Any]:

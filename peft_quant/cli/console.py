@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     for name in ("torchao", "torch.utils._pytree", "torch.distributed.elastic", "optimum"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # which is how it is meant
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         from logbar import LogBar  # which gptqmodel brings
     except ImportError:

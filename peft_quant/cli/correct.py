@@ -133,7 +133,7 @@ def correct(
     options: dict[str, Any] = {"model": model, "teacher": teacher, "data": data, "start": start.value}
     options |= {"sequence_length": sequence_length, **of_config, **of_arguments}
     finish(trainer, output, ["correct"], options, data, eval_data, rows)
-    say(f"{output} is the adapter.")
+    say(f"the adapter is in {output}")
 
 
 def _start(model: Any, lrec: Any, start: Start, teacher: str, windows: Any, calibration: int, out: Path) -> None:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from ..compat import __version__
+from .console import quiet
 
 
 _PACKAGES = {  # by what is imported
@@ -34,6 +35,7 @@ _PACKAGES = {  # by what is imported
 
 def env() -> None:
     """Versions, device and threads, as a table for a bug report."""
+    quiet()
     typer.echo("| what | found |\n|---|---|")
     for name, value in _rows():
         typer.echo(f"| {name} | {value} |")

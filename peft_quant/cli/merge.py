@@ -37,7 +37,7 @@ def merge(
             say(f"would push it to {push_to_hub}")
         return
     plan.write()
-    say(f"{out} is the base with other values in {changed}.")
+    say(f"the merged checkpoint is in {out}: the base with other values in {changed}")
     if push_to_hub:
         from huggingface_hub import create_repo, upload_folder
 

@@ -57,4 +57,4 @@ def quantize(
         symmetric=not asymmetric,
         act_order=act_order,
     )
-    say(f"{out} is {model} in {bits} bits, calibrated on {len(windows)} windows of {sequence_length} tokens.")
+    say(f"{model} in {bits} bits is in {out}, calibrated on {len(windows)} windows of {sequence_length} tokens")

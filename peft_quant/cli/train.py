@@ -97,7 +97,7 @@ def train(
     rows[method.value.upper()] = measure(trainer.model, arguments, measured, "after")
     options = {"model": model, "data": data, "sequence_length": sequence_length, **of_config, **of_arguments}
     finish(trainer, output, ["train", method.value], options, data, eval_data, rows)
-    say(f"{output} is the {'model in int8' if method is Method.qft else 'adapter'}.")
+    say(f"the {'model in int8' if method is Method.qft else 'adapter'} is in {output}")
 
 
 def _with_adapter(model: str, config: Any, arguments: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,12 +131,11 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
 
 
 def _report(trainer: Trainer) -> None:
-    """Let the trainer write its report."""
-    report = getattr(import_module("peft_quant"), "ReportCallback", None)
-    if report is None:
-        return
+    """Let the trainer write the report of its run."""
+    from .. import ReportCallback
+
     try:
-        trainer.add_callback(report())
+        trainer.add_callback(ReportCallback())
     except ImportError as error:
         say(f"no report: {error}", error=True)
 

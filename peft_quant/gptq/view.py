@@ -8,7 +8,7 @@ through optimum carry them swapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -100,17 +100,32 @@ def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
     name = f"{name} ({kind})" if name else kind
     _refuse_repacked(layer, name)
     tensors = packed_tensors(layer)
-    qweight, qzeros, scales, g_idx = tensors
+    qweight, g_idx = tensors.qweight, tensors.g_idx
     if qweight.is_meta and hasattr(layer, "_hf_hook"):
         raise ValueError(
             f"{name} is offloaded by accelerate and cannot be trained. Load the model with a `device_map` that keeps "
             "every layer on a GPU, or every layer on the CPU."
         )
+    packed = tensor_format(name, tensors, zero_offset(layer, name))
+    _check_stated_shape(layer, name, packed.bits, packed.in_features, packed.out_features)
+    return replace(packed, group_size=_stated_group_size(layer, g_idx)) if qweight.is_meta else packed
+
+
+def tensor_format(name: str, tensors: PackedTensors, offset: int) -> PackedFormat:
+    """How packed tensors are to be read, after checking that they can be trusted.
+
+    Args:
+        name: what to call the layer in an error.
+        tensors: the layer's tensors. Order and zero points of those on the meta device are not known.
+        offset: what their zero points are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
+
+    Raises:
+        InvalidCheckpointError: the tensors contradict each other, or hold values out of range.
+    """
     bits = check_packed_tensors(name, tensors)
-    _check_stated_shape(layer, name, bits, g_idx.numel(), qweight.shape[1])
-    offset = zero_offset(layer, name)
+    qweight, qzeros, scales, g_idx = tensors
     on_meta = qweight.is_meta
-    group_size, act_order = (_stated_group_size(layer, g_idx), False) if on_meta else _grouping(g_idx, scales.shape[0])
+    group_size, act_order = (g_idx.numel(), False) if on_meta else _grouping(g_idx, scales.shape[0])
     return PackedFormat(
         bits=bits,
         in_features=g_idx.numel(),
@@ -258,8 +273,14 @@ def dequantize(
 ) -> torch.Tensor:
     """The layer's weight, dense `[N, K]` as `nn.Linear` holds it."""
     tensors = packed_tensors(layer)
-    scales = tensors.scales if scales is None else scales
-    return ops.dequantize(tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed), dtype).t()
+    return dequantize_tensors(tensors if scales is None else tensors._replace(scales=scales), packed, dtype)
+
+
+def dequantize_tensors(
+    tensors: PackedTensors, packed: PackedFormat, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """As [`dequantize`], of tensors without a layer."""
+    return ops.dequantize(tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed), dtype).t()
 
 
 def _layout(tensors: PackedTensors, packed: PackedFormat) -> tuple[torch.Tensor | None, int, int, int]:

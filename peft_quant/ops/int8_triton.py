@@ -1,7 +1,7 @@
 """The int8 operators as Triton kernels, equal to `int8.py` to the bit: same order of operations, nothing fused.
 
-A program of the gradient and optimizer kernels takes `_BLOCKS` blocks of 256 elements, 16 elements a thread: what int8
-loads and stores of 16 bytes make it.
+A program of the gradient and optimizer kernels takes two blocks of 256 elements a warp, 16 elements a thread: what
+int8 loads and stores of 16 bytes make it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STOCHASTIC = tl.constexpr(int8.STOCHASTIC)
 _NEAREST = tl.constexpr(int8.NEAREST)
 _ERROR_FEEDBACK = tl.constexpr(int8.ERROR_FEEDBACK)
 _WARPS = 4
-_BLOCKS = 2 * _WARPS
+_WARPS_OF_INT8_LION = 1
 # of a row of a weight; 8 elements a thread, so that loads of codes and stores of bf16 share a layout
 _TILE = 256 * _WARPS
 _TILES = 4
@@ -224,11 +224,12 @@ def _decode_kernel(
         tl.store(out_ptr + column, weight.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-def _tiles(elements: int) -> tuple[tuple[int], dict[str, Any]]:
+def _tiles(elements: int, warps: int = _WARPS) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the kernels' arguments for how elements are spread over it."""
-    tile = _BLOCKS * int8.BLOCK
+    blocks = 2 * warps
+    tile = blocks * int8.BLOCK
     # rounding that agrees with other devices needs every product rounded by itself
-    options = {"EVEN": elements % tile == 0, "BLOCKS": _BLOCKS, "num_warps": _WARPS, "enable_fp_fusion": False}
+    options = {"EVEN": elements % tile == 0, "BLOCKS": blocks, "num_warps": warps, "enable_fp_fusion": False}
     return (triton.cdiv(elements, tile),), options
 
 
@@ -323,7 +324,7 @@ def lion_step(
         return
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
     dropped = 0 if rounding == int8.NEAREST else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
-    grid, options = _tiles(weight.numel())
+    grid, options = _tiles(weight.numel(), _WARPS if weight_scales is None else _WARPS_OF_INT8_LION)
     _lion_kernel[grid](
         weight,
         weight_scales,

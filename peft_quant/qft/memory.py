@@ -72,6 +72,26 @@ def memory_report(
     return MemoryReport([row for row in rows if row.bytes], _count(parameters))
 
 
+def planned_memory(model: nn.Module, args: Any, dataset: Any) -> MemoryReport:
+    """What a run takes by its [`QFTArguments`], with batches as the first sample of the training data shows them."""
+    return memory_report(
+        model,
+        fused=args.fused,
+        state_bits=args.state_bits,
+        error_feedback=args.rounding == "error_feedback",
+        batch=_batch(dataset, args.per_device_train_batch_size),
+        checkpointing=args.gradient_checkpointing,
+    )
+
+
+def _batch(dataset: Any, size: int) -> tuple[int, int] | None:
+    """Sequences and tokens of each in a forward pass, as far as the first sample shows them."""
+    if not hasattr(dataset, "__getitem__") or not len(dataset):
+        return None
+    sample = dataset[0]
+    return (size, len(sample["input_ids"])) if "input_ids" in sample else None
+
+
 def _of_a_step(
     model: Any, trained: list[nn.Parameter], batch: tuple[int, int] | None, checkpointing: bool
 ) -> list[MemoryRow]:

@@ -27,7 +27,7 @@ from ..resume import last_complete_checkpoint
 from .checkpoint import layout_difference
 from .export import LogitError, export_qft
 from .lion import QuantizedLion
-from .memory import memory_report
+from .memory import planned_memory
 from .proof import FirstStep
 from .weight import Int8Weight
 
@@ -268,14 +268,7 @@ class QFTMixin:
         lion.gradients.detach()  # with what an interrupted step left
         for group in lion.param_groups:
             lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
-        self.memory_report = memory_report(
-            trainer.model,
-            fused=self.args.fused,
-            state_bits=self.args.state_bits,
-            error_feedback=self.args.rounding == "error_feedback",
-            batch=_batch(trainer.train_dataset, self.args.per_device_train_batch_size),
-            checkpointing=self.args.gradient_checkpointing,
-        )
+        self.memory_report = planned_memory(trainer.model, self.args, trainer.train_dataset)
         logger.info("Trained in int8:\n%s", self.memory_report)
         _warn_of_small_steps(
             trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)
@@ -426,14 +419,6 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
             f'`from_pretrained("{directory}")` and train that.'
         )
     model.load_state_dict(saved.state_dict())
-
-
-def _batch(dataset: Any, size: int) -> tuple[int, int] | None:
-    """Sequences and tokens of each in a forward pass, as far as the first sample shows them."""
-    if not hasattr(dataset, "__getitem__") or not len(dataset):
-        return None
-    sample = dataset[0]
-    return (size, len(sample["input_ids"])) if "input_ids" in sample else None
 
 
 def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> None:

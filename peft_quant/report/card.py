@@ -17,11 +17,14 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+
+from .engines import Packing, engine_verdicts
 
 
 README = "README.md"
@@ -72,8 +75,6 @@ _OF_THE_WEIGHTS = ("settings", "command", "log", "perplexity", "compared_with", 
 _OURS_ALONE = ("library_name", "base_model", "base_model_relation", "pipeline_tag", "model-index", "model_name")
 _INHERITED = ("license", "license_name", "license_link", "language")
 _PACKAGES = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
-
-_VLLM = "[vLLM](https://docs.vllm.ai/en/stable/api/vllm/model_executor/layers/quantization/gptq_marlin/)"
 
 _SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
 _OF_THE_TRAINER = "<!-- This model card has been generated automatically according to the information the Trainer had"
@@ -215,6 +216,12 @@ def inherited_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return _only(_INHERITED, metadata)
+
+
+def public_name(model: str) -> str | None:
+    """What to call a model in public: its Hub id, or the name of its directory without the path to it."""
+    base = _Base.find(model)
+    return base.hub_id or base.directory_name
 
 
 @dataclass(frozen=True)
@@ -581,30 +588,23 @@ def _render(
         texts=list(texts),
         trained=facts.get("trained"),
         export=facts.get("export"),
-        versions=_versions(),
+        versions=package_versions(),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _engines(quantization: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Engine, verdict and source, for the engines of which it is known (2026-11-22)."""
-    bits, group_size, symmetric = (quantization.get(name) for name in ("bits", "group_size", "sym"))
-    v1 = quantization.get("checkpoint_format", "gptq") == "gptq"
-    if bits not in (2, 3, 4, 8):
-        return []
-    verdict = "yes"
-    if bits == 4 and group_size == -1:  # its kernel for these on a CPU fails at the first forward
-        verdict = 'yes; on a CPU with `GPTQConfig(bits=4, backend="gptq_torch")`'
-    rows = [("transformers 5.23, gptqmodel 7.6, optimum 2.3", verdict, "tests of peft_quant")]
-    rule = "4 and 8 bits, symmetric, with or without act-order"
-    if bits not in (4, 8) or symmetric is False:
-        rows.append(("vLLM's Marlin kernels", f"no: {rule}", _VLLM))
-    elif symmetric and v1 and group_size in (-1, 32, 64, 128):
-        rows.append(("vLLM's Marlin kernels", f"yes: {rule}", _VLLM))
-    return rows
+    """Engine, verdict and source, for the engines of which it is known."""
+    known = [row for row in engine_verdicts(Packing.from_config(quantization)) if row.serves is not None]
+    return [(row.engine, str(row), f"{_sources(row.sources)}, {row.checked}") for row in known]
 
 
-def _versions() -> dict[str, str]:
+def _sources(sources: Iterable[str]) -> str:
+    return ", ".join(f"[{urlsplit(source).netloc}]({source})" if "://" in source else source for source in sources)
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that a result may depend on, as far as they are installed."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from .heat_map import Panel, heat_map
 
 
 _KINDS = {"weight": "weight error", "activation": "output error, held-out tokens"}
-
-_BLOCK = re.compile(r"(?P<members>.*?)\.(?P<position>\d+)\.(?P<module>.+)")
 
 
 class LayerErrors(Protocol):
@@ -46,46 +45,14 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
     rows = list(report)
     if not rows:
         raise ValueError("The report has no layers: there is nothing to draw.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
-
-    places = {row.name: _place(row.name) for row in rows}
-    blocks = sorted({block for block, _ in places.values()})
-    one_list = len({members for members, _ in blocks}) == 1
-    labels = [
-        str(position) if one_list else f"{members}.{position}" if members else "" for members, position in blocks
-    ]
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    kinds = [kind for kind in _KINDS if any(getattr(row, f"{kind}_error_before") is not None for row in rows)]
-    figure = Figure(
-        figsize=(4 + 0.8 * len(modules), len(kinds) * (2.2 + 0.2 * len(blocks))), dpi=120, layout="constrained"
-    )
-    axes = figure.subplots(len(kinds), 2, squeeze=False)
-    for kind, panels in zip(kinds, axes):
-        grids = {}
-        for when in ("before", "after"):
-            grid: list[list[Any]] = [[float("nan")] * len(modules) for _ in blocks]
-            for row in rows:
-                value = getattr(row, f"{kind}_error_{when}")
-                if value is not None:
-                    block, module = places[row.name]
-                    grid[blocks.index(block)][modules.index(module)] = value
-            grids[when] = grid
-        values = [value for grid in grids.values() for line in grid for value in line if value == value]
-        for panel, (when, grid) in zip(panels, grids.items()):
-            image = panel.imshow(grid, aspect="auto", vmin=0, vmax=max(values), cmap="viridis")
-            panel.set_title(f"{_KINDS[kind]}: {when}")
-            panel.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-            panel.set_yticks(range(len(blocks)), labels)
-            panel.set_ylabel("block")
-        figure.colorbar(image, ax=list(panels))
-    figure.savefig(path, format="png")
+    panels = []
+    for kind, title in _KINDS.items():
+        errors = {when: _values(rows, f"{kind}_error_{when}") for when in ("before", "after")}
+        if errors["before"]:
+            panels.append([Panel(f"{title}: {when}", values) for when, values in errors.items()])
+    heat_map(panels).savefig(path, format="png")
     return Path(path)
 
 
-def _place(name: str) -> tuple[tuple[str, int], str]:
-    """The block of a layer, by list and position, and the layer's name there."""
-    match = _BLOCK.fullmatch(name)
-    return ((match["members"], int(match["position"])), match["module"]) if match else (("", 0), name)
+def _values(rows: Iterable[LayerErrors], error: str) -> dict[str, float]:
+    return {row.name: getattr(row, error) for row in rows if getattr(row, error) is not None}

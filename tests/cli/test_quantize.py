@@ -22,7 +22,7 @@ def quantize(run, models, text, tmp_path):
 def test_a_checkpoint(quantize, tmp_path, input_ids):
     result = quantize("--bits", 8, "--asymmetric")
     assert result.code == 0, result.stderr
-    assert "in 8 bits, calibrated on 8 windows of 16 tokens" in result.stdout
+    assert "calibrated on 8 windows of 16 tokens" in result.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["group_size"], config["sym"]) == (8, 32, False)
     assert "model.layers.0.mlp.up_proj.qweight" in load_file(tmp_path / "out" / "model.safetensors")

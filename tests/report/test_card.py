@@ -169,11 +169,11 @@ class TestContents:
         (
             ({"bits": 4, "group_size": 128, "sym": True}, "yes |", "yes:"),
             ({"bits": 8, "group_size": -1, "sym": True}, "yes |", "yes:"),
-            ({"bits": 4, "group_size": -1, "sym": True}, "yes; on a CPU with", "yes:"),
+            ({"bits": 4, "group_size": -1, "sym": True}, "yes: on a CPU with", "yes:"),
             ({"bits": 4, "group_size": 128, "sym": False}, "yes |", "no:"),
-            ({"bits": 3, "group_size": 128, "sym": True}, "yes |", "no:"),
-            ({"bits": 4, "group_size": 96, "sym": True}, "yes |", None),
-            ({"bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "gptq_v2"}, "yes |", None),
+            ({"bits": 3, "group_size": 128, "sym": True}, "yes |", "yes, with `--quantization humming`:"),
+            ({"bits": 4, "group_size": 96, "sym": True}, "yes |", "no:"),
+            ({"bits": 4, "group_size": 128}, "yes |", None),
         ),
     )
     def test_engines_follow_from_the_format(self, tmp_path, quantization, transformers_row, vllm):

@@ -36,9 +36,9 @@ def test_a_panel_a_kind_of_error(tmp_path, size):
 def test_layers_of_several_lists_or_none(tmp_path, size):
     names = ["encoder.block.0.wi", "decoder.block.0.wi", "decoder.block.10.experts.3.wi", "lm_head"]
     plot_layer_errors((row(name) for name in names), tmp_path / "errors.png")
-    from peft_quant.report.layer_errors import _place
+    from peft_quant.report.heat_map import place
 
-    assert len({_place(name) for name in names}) == len(names)
+    assert len({place(name) for name in names}) == len(names)
 
 
 def test_an_empty_report(tmp_path):

@@ -1,0 +1,75 @@
+"""`peft-quant inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import quiet, say
+from .options import Config
+
+
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="PATH_OR_ID", help="GPTQ checkpoint or adapter: directory or Hub id.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="GPTQ checkpoint of the adapter, to which its changes are relative.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Another adapter, to put beside the first.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="PNG to write: the changes of all layers as a heat map.")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A row for every layer. Weights on the Hub are downloaded for it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+    config: Config = None,
+) -> None:
+    """Say what a checkpoint or an adapter is, what serves it, and how far each layer moved. Exits with 1 if it is
+    damaged."""
+    quiet()
+    from .. import inspection
+
+    if not inspection.is_adapter(what):
+        for option, value in (("--base", base), ("--compare", compare), ("--plot", plot)):
+            if value is not None:
+                raise typer.BadParameter(f"{what} is a checkpoint, and {option} is for adapters.")
+        _inspect_checkpoint(what, layers, as_json)
+        return
+    if compare is None:
+        found = inspection.inspect_adapter(what, base)
+        sides = [found]
+        say(_json(found) if as_json else f"{found}\n\n{found.layer_table()}" if layers else str(found))
+    else:
+        both = inspection.compare_adapters(what, compare, base)
+        sides = [both.first, both.second]
+        say(_json(both) if as_json else str(both))
+    if plot is not None:
+        from ..report import plot_layer_changes
+
+        names = [Path(side.path).name for side in sides]
+        plot_layer_changes(
+            sides[0].changes,
+            plot,
+            other=sides[1].changes if len(sides) == 2 else None,
+            titles=names if len(set(names)) == 2 else [side.path for side in sides],
+        )
+        say(f"\nplotted in {plot}", error=as_json)
+
+
+def _inspect_checkpoint(what: str, layers: bool, as_json: bool) -> None:
+    from ..inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(what, statistics=True if layers else None)
+    say(_json(found) if as_json else f"{found}\n\n{found.layer_table()}" if layers else str(found))
+    if found.errors:
+        raise typer.Exit(1)
+
+
+def _json(found: Any) -> str:
+    return json.dumps(asdict(found), indent=2)

@@ -1,0 +1,294 @@
+"""What an adapter is, and how far it moved each layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..gptq import InvalidCheckpointError
+from ..gptq.checkpoint import Checkpoint, read_header
+from ..gptq.fingerprint import fingerprint, layer_digest
+from ..report.heat_map import place
+from .changes import LayerChange, cosine_similarities, layer_changes, split_layers
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint, read_layer
+from .tables import in_order, listed, number, table, word
+
+
+_METHODS = {"PEQA": "PEQA adapter", "LREC": "LREC adapter", "LORA": "LoRA adapter"}
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """An adapter of PEQA or LREC, or a LoRA adapter such as `export_lora` writes.
+
+    Attributes:
+        path: directory or Hub id.
+        method: `"PEQA"`, `"LREC"` or `"LORA"`.
+        base_name: what the adapter calls its base.
+        base_quantization: format and fingerprint of its base, if it recorded them.
+        fits_base: whether the given base has that fingerprint; None without a base or a fingerprint.
+        version: of peft_quant, that made it; None if it is not recorded.
+        bytes: of its tensors.
+        values: how many there are in all tensors.
+        other_values: how many of these are of other modules, trained whole or in part.
+        changes: of each GPTQ layer, in the model's order; without relative ones if the base is not given or another.
+        notes: what to know.
+    """
+
+    path: str
+    method: str
+    base_name: str | None
+    base_quantization: Mapping[str, Any] | None
+    fits_base: bool | None
+    version: str | None
+    bytes: int
+    values: int
+    other_values: int
+    changes: tuple[LayerChange, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        made = f", by peft_quant {self.version}" if self.version else ""
+        base = {True: ", the one given", False: ", another one than given", None: ""}[self.fits_base]
+        rows = [
+            ("base", f"{self.base_name or 'not named'}{base}"),
+            *((name, word(value)) for name, value in (self.base_quantization or {}).items()),
+            ("size", f"{self.bytes / 1e6:,.1f} MB, {self.values:,} values in {len(self.changes)} layers"),
+        ]
+        if self.other_values:
+            rows.append(("of other modules", f"{self.other_values:,} values"))
+        if self.method != "PEQA":
+            for what in ("rank", "scaling"):
+                found = sorted({getattr(change, what) for change in self.changes})
+                rows.append((what, ", ".join(f"{value:g}" for value in found)))
+        parts = [f"{self.path}: {_METHODS[self.method]}{made}\n{table(rows, left=2)}"]
+        if self.changes:
+            parts.append(self._module_table())
+        if self.notes:
+            parts.append(listed("notes", self.notes))
+        return "\n\n".join(parts)
+
+    def _module_table(self) -> str:
+        modules: dict[str, list[LayerChange]] = {}
+        for change in self.changes:
+            modules.setdefault(place(change.name)[1], []).append(change)
+        rows: list[tuple[str, ...]] = [
+            ("module", "layers", "change: mean", "least", "most", "most in", *_further(self.changes))
+        ]
+        for module, changes in modules.items():
+            most = max(changes, key=_size)
+            rows.append(
+                (
+                    module,
+                    str(len(changes)),
+                    *(_percent(most, value) for value in (_mean(map(_size, changes)), min(map(_size, changes)))),
+                    _percent(most, _size(most)),
+                    most.name,
+                    *_further(self.changes, changes),
+                )
+            )
+        return f"{_what(self.changes)}\n{table(rows)}"
+
+    def layer_table(self) -> str:
+        """A row a layer."""
+        rows: list[tuple[str, ...]] = [("layer", "values", "change", *_further(self.changes))]
+        rows += [
+            (change.name, f"{change.values:,}", _percent(change, _size(change)), *_further(self.changes, [change]))
+            for change in self.changes
+        ]
+        return f"{_what(self.changes)}\n{table(rows)}"
+
+
+@dataclass(frozen=True)
+class AdapterComparison:
+    """Two adapters side by side.
+
+    Attributes:
+        first: the one.
+        second: the other.
+        cosines: between their changes, for the layers that both change in the same way.
+        cosine: over all of these layers; None if there are none.
+    """
+
+    first: AdapterInspection
+    second: AdapterInspection
+    cosines: Mapping[str, float]
+    cosine: float | None
+
+    def __str__(self) -> str:
+        similarity = "cosine of the changes: " + (
+            "none, as no layer is changed by both in the same way" if self.cosine is None else f"{self.cosine:.3f}"
+        )
+        return f"{self.first}\n\n{self.second}\n\n{similarity}\n{self.layer_table()}"
+
+    def layer_table(self) -> str:
+        """A row a layer of either."""
+        by_name = [{change.name: change for change in side.changes} for side in (self.first, self.second)]
+        rows: list[tuple[str, ...]] = [("layer", "first", "second", "cosine")]
+        for name in sorted({*by_name[0], *by_name[1]}, key=in_order):
+            pair = [side.get(name) for side in by_name]
+            sizes = [_percent(change, _size(change)) if change else "-" for change in pair]
+            rows.append((name, *sizes, number(self.cosines.get(name), ".3f")))
+        return table(rows)
+
+
+def inspect_adapter(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> AdapterInspection:
+    """Say what an adapter is, and how far it moved each layer.
+
+    Works on files: needs neither a GPU nor a GPTQ package, and memory for the adapter and one layer of the base.
+
+    Args:
+        path: directory or Hub id of a PEQA, LREC or LoRA adapter.
+        base: directory or Hub id of the GPTQ checkpoint it is for, in safetensors, whose weights are read. Changes are
+            relative to it.
+        revision: branch, tag or commit of `path`, if it is a Hub id.
+        token: Hub token.
+
+    Raises:
+        FileNotFoundError: no `adapter_config.json` or `adapter_model.safetensors`.
+        InvalidCheckpointError: a file is truncated, or a layer of the base is damaged.
+        ValueError: an adapter of another method or a damaged one.
+    """
+    return _inspect(path, base, revision, token)[0]
+
+
+def compare_adapters(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> AdapterComparison:
+    """Inspect two adapters and say how alike their changes are.
+
+    Args:
+        first: directory or Hub id of an adapter.
+        second: of another one.
+        base: as in [`inspect_adapter`], for both; for an adapter of another base it is not used.
+        revision: branch, tag or commit of the adapters that are Hub ids.
+        token: Hub token.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`inspect_adapter`] does; two adapters of one layer whose shapes differ.
+    """
+    (one, *of_one), (other, *of_other) = (_inspect(path, base, revision, token) for path in (first, second))
+    cosines = cosine_similarities(of_one[0], of_other[0], (of_one[1], of_other[1]))
+    return AdapterComparison(one, other, {name: cosines[name] for name in cosines if name}, cosines.get(""))
+
+
+def _inspect(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None, revision: str | None, token: str | bool | None
+) -> tuple[AdapterInspection, dict[str, torch.Tensor], dict[str, Any]]:
+    """The inspection, the adapter's tensors and its configuration."""
+    directory = adapter_directory(path, revision, token)
+    config = _read_config(directory)
+    file = directory / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS}. Adapters in pickle format (*.bin) are not read.")
+    read_header(file)
+    tensors = load_file(file)
+    layers = split_layers(tensors)
+    checkpoint = None if base is None else open_checkpoint(base, None, token)
+    recorded = config.get("base_quantization")
+    expected = (recorded or {}).get("fingerprint")
+    fits = None if checkpoint is None or expected is None else _fingerprint(checkpoint, layers) == expected
+    notes = []
+    if fits is False:
+        notes.append(f"{base} is not the base this adapter was trained on: changes are not given relative to it.")
+    if checkpoint is not None and expected is None:
+        notes.append(f"The adapter does not record its base's fingerprint: whether it is for {base} is not known.")
+    readable = None if checkpoint is None or fits is False else partial(read_layer, checkpoint)
+    changes = sorted(layer_changes(tensors, config, readable), key=lambda change: in_order(change.name))
+    values = sum(tensor.numel() for tensor in tensors.values())
+    unmoved = sum(change.absolute == 0 for change in changes)
+    if unmoved:
+        notes.append(f"{unmoved} of {len(changes)} layers have not moved at all.")
+    inspection = AdapterInspection(
+        path=os.fspath(path),
+        method=config["peft_type"],
+        base_name=config.get("base_model_name_or_path"),
+        base_quantization=recorded,
+        fits_base=fits,
+        version=config.get("peft_quant_version"),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        values=values,
+        other_values=values - sum(change.values for change in changes),
+        changes=tuple(changes),
+        notes=tuple(notes),
+    )
+    return inspection, tensors, config
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / ADAPTER_CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}: pass the directory of an adapter.")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    method = config.get("peft_type")
+    if method not in _METHODS:
+        raise ValueError(f"{directory} is a {method} adapter. Inspected are PEQA, LREC and LoRA ones.")
+    if config.get("use_dora"):
+        raise ValueError(f"{directory} is a DoRA adapter, whose changes are not the products of its two matrices.")
+    return config
+
+
+def _fingerprint(checkpoint: Checkpoint, layers: Iterable[str]) -> str | None:
+    """Of the layers of an adapter; None if the checkpoint does not have them."""
+    digests = []
+    try:
+        for name in layers:
+            tensors, packed = read_layer(checkpoint, name)
+            digests.append(layer_digest(tensors, packed.bits, packed.zero_offset))
+    except InvalidCheckpointError:
+        raise
+    except ValueError:
+        return None
+    return fingerprint(digests)
+
+
+def _size(change: LayerChange) -> float:
+    return change.absolute if change.relative is None else change.relative
+
+
+def _percent(change: LayerChange, value: float) -> str:
+    return f"{value:.3g}" if change.relative is None else f"{value:.2%}"
+
+
+def _what(changes: Sequence[LayerChange]) -> str:
+    scales = changes[0].rank is None
+    if changes[0].relative is None:
+        return f"change of each layer: {'root mean square of the deltas of scales' if scales else '|dW|'}"
+    return f"change of each layer: {'sqrt(mean((delta / scale)^2))' if scales else '|dW| / |W|'}"
+
+
+def _further(changes: Sequence[LayerChange], rows: Sequence[LayerChange] = ()) -> tuple[str, ...]:
+    """Further columns of these changes: the headings, or the means over some rows."""
+    columns = {"stored": ("scales that change in the file", ".1%"), "stable_rank": ("stable rank", ".1f")}
+    shown = {name: column for name, column in columns.items() if any(getattr(c, name) is not None for c in changes)}
+    if not rows:
+        return tuple(heading for heading, _ in shown.values())
+    means = []
+    for name, (_, form) in shown.items():
+        known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+        means.append(number(_mean(known) if known else None, form))
+    return tuple(means)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

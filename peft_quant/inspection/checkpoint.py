@@ -1,0 +1,430 @@
+"""What a GPTQ checkpoint is, what trains it and what serves it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..gptq import InvalidCheckpointError, PackedTensors
+from ..gptq.check import check_packed_tensors
+from ..gptq.checkpoint import Checkpoint, read_header
+from ..gptq.view import tensor_format
+from ..gptq.zero_points import declared_format, stored_zero_offset
+from ..ops.packing import unpack_rows, unpack_zeros
+from ..report.engines import EngineVerdict, Packing, engine_verdicts
+from ..report.heat_map import place
+from .files import open_checkpoint, read_config
+from .tables import in_order, listed, number, table, word
+
+
+_PARTS = {"qweight": "packed integers", "scales": "scales", "qzeros": "zero points", "g_idx": "group indices"}
+_REST = "other tensors"
+_FORMATS = ("gptq", "gptq_v2")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One packed layer, as its tensors are.
+
+    Attributes:
+        name: of the layer.
+        bits: of a code.
+        in_features: `K`.
+        out_features: `N`.
+        groups: `G`, rows of scales.
+        group_size: in-features that share a scale; `K` if all do. None if the layer is damaged.
+        act_order: whether `g_idx` departs from `k // group_size`. None if the layer is damaged.
+        zero_points: the lowest and the highest, decoded as the config declares them.
+        scale_dtype: of the scales in the file.
+        scale_range: the lowest and the highest of the scales that are finite; None if there are none.
+        dead_scales: how many scales are zero, negative, NaN or infinite.
+        saturated: share of the codes that are the lowest or the highest there is.
+        not_bfloat16: share of the scales that bfloat16 cannot hold.
+    """
+
+    name: str
+    bits: int
+    in_features: int
+    out_features: int
+    groups: int
+    group_size: int | None
+    act_order: bool | None
+    zero_points: tuple[int, int]
+    scale_dtype: str
+    scale_range: tuple[float, float] | None
+    dead_scales: int
+    saturated: float
+    not_bfloat16: float
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_points == (1 << (self.bits - 1),) * 2
+
+
+@dataclass(frozen=True)
+class CheckpointInspection:
+    """A GPTQ checkpoint.
+
+    Attributes:
+        path: directory or Hub id.
+        declared: what the quantization config says.
+        found: the same of the tensors, where they tell; empty if they were not read.
+        layers: a row a packed layer; empty if the tensors were not read.
+        sizes: bytes of the tensors, by what they are; empty if they were not read.
+        trainable: values that PEQA trains, and that LREC trains for each unit of rank; empty if they were not read.
+        training: how each method trains it.
+        engines: which engines serve it, by what was found, or else by what is declared.
+        errors: what is damaged.
+        notes: what to know, among it where the config and the tensors say different things.
+    """
+
+    path: str
+    declared: Mapping[str, Any]
+    found: Mapping[str, Any]
+    layers: tuple[LayerStatistics, ...]
+    sizes: Mapping[str, int]
+    trainable: Mapping[str, int]
+    training: Mapping[str, str]
+    engines: tuple[EngineVerdict, ...]
+    errors: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits that a packed weight takes, with its share of scales, zero points and group indices."""
+        weights = sum(layer.in_features * layer.out_features for layer in self.layers)
+        packed = sum(size for part, size in self.sizes.items() if part != _REST)
+        return 8 * packed / weights if weights else None
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: GPTQ checkpoint"]
+        rows = [("", "declared", f"found in {len(self.layers)} layers")]
+        rows += [(name, word(value), word(self.found.get(name, ""))) for name, value in self.declared.items()]
+        parts.append(table(rows if self.layers else [row[:2] for row in rows], left=3))
+        if self.sizes:
+            total = sum(self.sizes.values())
+            sizes = [("tensors", "MB", "share")]
+            sizes += [(part, f"{size / 1e6:,.1f}", f"{size / total:.1%}") for part, size in self.sizes.items()]
+            sizes.append(("all", f"{total / 1e6:,.1f}", ""))
+            parts.append(table(sizes) + f"\n{number(self.bits_per_weight, '.2f')} bits a packed weight")
+        if self.layers:
+            modules: dict[str, list[LayerStatistics]] = {}
+            for layer in self.layers:
+                modules.setdefault(place(layer.name)[1], []).append(layer)
+            cells = [(module, str(len(layers)), *_cells(layers)) for module, layers in modules.items()]
+            parts.append(table([("module", "layers", *_COLUMNS), *cells]))
+        parts.append(table([("method", "trains it"), *self.training.items()], left=2))
+        parts.append(table([("engine", "serves it"), *((row.engine, str(row)) for row in self.engines)], left=2))
+        sources = [f"{row.engine}, on {row.checked}: {' '.join(row.sources)}" for row in self.engines]
+        parts.append(listed("where that was read", sources))
+        if self.notes:
+            parts.append(listed("notes", self.notes))
+        if self.errors:
+            parts.append(listed("errors", self.errors))
+        return "\n\n".join(parts)
+
+    def layer_table(self) -> str:
+        """A row a layer."""
+        return table([("layer", *_COLUMNS), *((layer.name, *_cells([layer])) for layer in self.layers)])
+
+
+_COLUMNS = ("bits", "group", "act-order", "K x N", "zero points", "scales", "saturated codes", "dead scales")
+
+
+def _cells(layers: Sequence[LayerStatistics]) -> tuple[str, ...]:
+    """The columns, for some layers together."""
+    zeros = [zero for layer in layers for zero in layer.zero_points]
+    scales = [scale for layer in layers for scale in layer.scale_range or ()]
+    shapes = {f"{layer.in_features} x {layer.out_features}" for layer in layers}
+    codes = [layer.in_features * layer.out_features for layer in layers]
+    saturated = sum(layer.saturated * count for layer, count in zip(layers, codes)) / sum(codes)
+    return (
+        word(_summary(layer.bits for layer in layers)),
+        word(_summary(layer.group_size or 0 for layer in layers)),
+        word(any(layer.act_order for layer in layers)),
+        shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
+        _range(zeros, "d"),
+        _range(scales, ".3g") if scales else "-",
+        f"{saturated:.2%}",
+        str(sum(layer.dead_scales for layer in layers)),
+    )
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = min(values), max(values)
+    return f"{low:{form}}" if low == high else f"{low:{form}}..{high:{form}}"
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    statistics: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> CheckpointInspection:
+    """Say what a GPTQ checkpoint is: what its config declares and what its tensors are, their sizes, statistics of
+    each layer, which methods train it and which engines serve it.
+
+    Works on files: needs neither a GPU nor a GPTQ package, and memory for one layer at a time. What is damaged is
+    listed, not raised.
+
+    Args:
+        path: directory or Hub id of the checkpoint, in safetensors.
+        statistics: whether to read the tensors; by default those of a directory, while of a Hub repository only
+            `config.json` is downloaded.
+        revision: branch, tag or commit, if `path` is a Hub id.
+        token: Hub token.
+
+    Raises:
+        FileNotFoundError: a directory without `config.json`, or, if tensors are read, without `*.safetensors`.
+        ValueError: the checkpoint is not GPTQ.
+    """
+    config = read_config(path, revision, token)
+    quantization = config.get("quantization_config") or {}
+    declared_zeros = declared_format(quantization)
+    if declared_zeros is None:
+        method = quantization.get("quant_method")
+        old = Path(path, "quantize_config.json").is_file()
+        raise ValueError(
+            f"{path} is not a GPTQ checkpoint: its config.json says "
+            + (f"quant_method={method!r}." if method else "nothing of a quantization.")
+            + (
+                " Its quantize_config.json is auto-gptq's: copy it into config.json as `quantization_config`, with "
+                '`"quant_method": "gptq"`.'
+                if old
+                else ""
+            )
+        )
+    declared = _declared(quantization, declared_zeros)
+    if statistics is None:
+        statistics = os.path.isdir(path)
+    errors: list[str] = []
+    layers: list[LayerStatistics] = []
+    sizes: dict[str, int] = {}
+    if statistics:
+        try:
+            checkpoint = open_checkpoint(path, revision, token)
+        except InvalidCheckpointError as error:
+            errors.append(str(error))
+        else:
+            sizes, layers = _read(checkpoint, declared_zeros, errors)
+    found = _found(layers, declared_zeros)
+    notes = _notes(declared, found, layers, config) if found else []
+    if _shifted(layers):
+        errors.append(
+            "Every zero point is off the middle by exactly one: the checkpoint most likely declares the wrong format. "
+            f"Set `checkpoint_format` in the quantization_config of its config.json to {found['checkpoint_format']!r}."
+        )
+    if declared_zeros not in _FORMATS:
+        errors.append(
+            f"checkpoint_format={declared_zeros!r} is another layout than GPTQ's, or zero points in another way: "
+            "convert the checkpoint, or quantize the model again."
+        )
+    trainable = _trainable(layers)
+    shapes = {(layer.in_features, layer.out_features) for layer in layers}
+    known = {
+        name: found[name] if name in found and found[name] != -1 else declared[name]
+        for name in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+    }
+    return CheckpointInspection(
+        path=os.fspath(path),
+        declared=declared,
+        found=found,
+        layers=tuple(layers),
+        sizes=sizes,
+        trainable=trainable,
+        training=_training(declared, trainable, errors),
+        engines=tuple(engine_verdicts(Packing.from_config(known, shapes))),
+        errors=tuple(errors),
+        notes=tuple(notes),
+    )
+
+
+def _declared(quantization: Mapping[str, Any], zeros: str) -> dict[str, Any]:
+    meta = quantization.get("meta")
+    writers = meta.get("quantizer") if isinstance(meta, dict) else None
+    declared = {name: quantization.get(name) for name in ("quant_method", "bits", "group_size", "sym", "desc_act")}
+    declared["checkpoint_format"] = zeros
+    if writers:
+        declared["quantizer"] = writers if isinstance(writers, str) else ", ".join(map(str, writers))
+    return declared
+
+
+def _read(checkpoint: Checkpoint, zeros: str, errors: list[str]) -> tuple[dict[str, int], list[LayerStatistics]]:
+    """Bytes of the tensors and statistics of the layers; errors are added to the list."""
+    entries = {}
+    for file in dict.fromkeys(checkpoint.shards.values()):
+        entries.update(read_header(file)[0])
+    index = checkpoint.directory / "model.safetensors.index.json"
+    if index.is_file():
+        expected = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        missing = sorted(expected.keys() - entries.keys())
+        if missing:
+            files = ", ".join(sorted({expected[name] for name in missing}))
+            errors.append(
+                f"{len(missing)} tensors of {index.name} are missing, {missing[0]} first; they are in {files}."
+            )
+    names = sorted({name.removesuffix(".qweight") for name in entries if name.endswith(".qweight")}, key=in_order)
+    sizes = dict.fromkeys([*_PARTS.values(), _REST], 0)
+    packed = {f"{name}.{tensor}": part for name in names for tensor, part in _PARTS.items()}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        sizes[packed.get(name, _REST)] += end - begin
+    layers = []
+    for name in names:
+        missing = [tensor for tensor in _PARTS if f"{name}.{tensor}" not in entries]
+        if missing:
+            errors.append(f"{name} has no {' and no '.join(missing)}.")
+            continue
+        try:
+            of_header = [entries[f"{name}.{tensor}"] for tensor in PackedTensors._fields]
+            bits = check_packed_tensors(name, PackedTensors(*map(_on_meta, of_header)))
+        except InvalidCheckpointError as error:
+            errors.append(str(error))
+            continue
+        tensors = PackedTensors(*(checkpoint.tensor(f"{name}.{tensor}") for tensor in PackedTensors._fields))
+        layers.append(_statistics(name, tensors, bits, stored_zero_offset(zeros), errors))
+    if not names:
+        errors.append("There is no packed layer: no tensor is named *.qweight.")
+    return sizes, layers
+
+
+def _on_meta(entry: Mapping[str, Any]) -> torch.Tensor:
+    return torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.bool), device="meta")
+
+
+def _statistics(name: str, tensors: PackedTensors, bits: int, offset: int, errors: list[str]) -> LayerStatistics:
+    try:
+        packed = tensor_format(name, tensors, offset)
+    except InvalidCheckpointError as error:
+        errors.append(str(error))
+        packed = None
+    scales = tensors.scales.float()
+    finite = scales[torch.isfinite(scales)]
+    codes = unpack_rows(tensors.qweight, bits)
+    zeros = unpack_zeros(tensors.qzeros, bits, offset)
+    return LayerStatistics(
+        name=name,
+        bits=bits,
+        in_features=tensors.g_idx.numel(),
+        out_features=tensors.qweight.shape[1],
+        groups=tensors.scales.shape[0],
+        group_size=packed.group_size if packed else None,
+        act_order=packed.act_order if packed else None,
+        zero_points=(int(zeros.min()), int(zeros.max())),
+        scale_dtype=str(tensors.scales.dtype).removeprefix("torch."),
+        scale_range=(float(finite.min()), float(finite.max())) if finite.numel() else None,
+        dead_scales=scales.numel() - int((finite > 0).sum()),
+        saturated=int(((codes == 0) | (codes == (1 << bits) - 1)).sum()) / codes.numel(),
+        not_bfloat16=int((finite.bfloat16() != finite).sum()) / scales.numel(),
+    )
+
+
+def _found(layers: list[LayerStatistics], zeros: str) -> dict[str, Any]:
+    """What the tensors say, by the names that configs have for it. Lists where layers differ."""
+    sound = [layer for layer in layers if layer.group_size is not None]
+    if not sound:
+        return {}
+    found = {
+        "bits": _summary(layer.bits for layer in sound),
+        "group_size": _summary([layer.group_size for layer in sound if layer.groups > 1] or [-1]),
+        "sym": all(layer.symmetric for layer in sound) or _shifted(layers),
+        "desc_act": any(layer.act_order for layer in sound),
+    }
+    if found["sym"]:
+        other = "gptq" if zeros == "gptq_v2" else "gptq_v2"
+        found["checkpoint_format"] = other if _shifted(layers) else zeros
+    return found
+
+
+def _shifted(layers: list[LayerStatistics]) -> bool:
+    """Whether every zero point is beside the middle by one: those of the middle, in the other format."""
+    return bool(layers) and all(
+        low == high and abs(low - (1 << (layer.bits - 1))) == 1
+        for layer in layers
+        for low, high in [layer.zero_points]
+    )
+
+
+def _notes(
+    declared: Mapping[str, Any], found: Mapping[str, Any], layers: list[LayerStatistics], config: Mapping[str, Any]
+) -> list[str]:
+    """Where config and tensors say different things, and what to mind in serving."""
+    notes = []
+    if declared["sym"] and not found["sym"]:
+        low, high = min(layer.zero_points[0] for layer in layers), max(layer.zero_points[1] for layer in layers)
+        notes.append(
+            f"sym=true is declared, but zero points range over {low}..{high}: kernels that ignore them serve another "
+            "model."
+        )
+    if declared["sym"] is False and found["sym"]:
+        notes.append("sym=false is declared, but every zero point is the middle: with sym=true more engines serve it.")
+    if declared["desc_act"] and not found["desc_act"]:
+        notes.append("desc_act=true is declared, but every g_idx is in order: without it kernels are faster.")
+    if declared["desc_act"] is False and found["desc_act"]:
+        notes.append(
+            "desc_act=false is declared, but g_idx is out of order: kernels that ignore it serve another model."
+        )
+    if found["desc_act"]:
+        notes.append("With act-order, weights decode slower on a GPU in training.")
+    for name in ("bits", "group_size"):
+        # layers whose in-features are one group fit any size from there on
+        if declared[name] != found[name] and not (name == "group_size" and found[name] == -1):
+            notes.append(f"{name}={declared[name]} is declared, the tensors have {word(found[name])}.")
+    if any(layer.group_size and layer.in_features % layer.group_size for layer in layers):
+        notes.append("The last group of some layers is shorter than the others, which several engines refuse.")
+    model = config.get("dtype") or config.get("torch_dtype")
+    rounded = sum(layer.not_bfloat16 * layer.groups * layer.out_features for layer in layers)
+    if model == "bfloat16" and rounded:
+        share = rounded / sum(layer.groups * layer.out_features for layer in layers)
+        notes.append(
+            f"config.json says bfloat16, to which an engine left to itself rounds the scales: {share:.1%} of them are "
+            'not in it. Serve with `--dtype float16`, or train with `PEQAConfig(serving_dtype="bfloat16")`.'
+        )
+    return notes
+
+
+def _trainable(layers: list[LayerStatistics]) -> dict[str, int]:
+    """As by default: all packed layers but the output embedding."""
+    adapted = [layer for layer in layers if layer.name.rpartition(".")[2] != "lm_head"]
+    if not adapted:
+        return {}
+    return {
+        "PEQA": sum(layer.groups * layer.out_features for layer in adapted),
+        "LREC": sum(layer.in_features + layer.out_features for layer in adapted),
+    }
+
+
+def _training(declared: Mapping[str, Any], trainable: Mapping[str, int], errors: list[str]) -> dict[str, str]:
+    if errors:
+        return dict.fromkeys(("PEQA", "LREC", "QFT"), "no: see errors")
+    how = f'yes, loaded with `GPTQConfig(bits={word(declared["bits"])}, backend="gptq_torch")`'
+    peqa, lrec = (
+        ""
+        if method not in trainable
+        else f": {trainable[method]:,} {what}, {4 * trainable[method] / 1e6:,.1f} MB{per}"
+        for method, what, per in (("PEQA", "scales", ""), ("LREC", "values", " for each unit of rank"))
+    )
+    return {"PEQA": how + peqa, "LREC": how + lrec, "QFT": "yes, its weights held in int8: `quantize_model`"}
+
+
+def _summary(values: Iterable[Any]) -> Any:
+    different = sorted(set(values))
+    return different[0] if len(different) == 1 else different

@@ -1,0 +1,93 @@
+"""Checkpoints and adapters by path or Hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ..gptq import PackedFormat, PackedTensors
+from ..gptq.checkpoint import Checkpoint
+from ..gptq.view import tensor_format
+from ..gptq.zero_points import declared_format, stored_zero_offset
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def is_adapter(path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """Whether a directory or a Hub repository holds an adapter, rather than a model. Without the Hub, its cache tells.
+
+    Raises:
+        LocalEntryNotFoundError: neither the Hub nor its cache says.
+        RepositoryNotFoundError: there is no such repository.
+    """
+    if os.path.isdir(path):
+        return Path(path, ADAPTER_CONFIG).is_file()
+    try:
+        hf_hub_download(os.fspath(path), ADAPTER_CONFIG, revision=revision, token=token)
+    except LocalEntryNotFoundError:
+        if isinstance(try_to_load_from_cache(os.fspath(path), "config.json", revision=revision), str):
+            return False
+        raise
+    except EntryNotFoundError:
+        return False
+    return True
+
+
+def adapter_directory(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    """Where an adapter lies, downloaded if it has to be."""
+    if os.path.isdir(path):
+        return Path(path)
+    return Path(
+        snapshot_download(
+            os.fspath(path), revision=revision, token=token, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+        )
+    )
+
+
+def read_config(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> dict[str, Any]:
+    """The `config.json` of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if os.path.isdir(path):
+        file = Path(path, "config.json")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} has no config.json and no {ADAPTER_CONFIG}: it is no checkpoint or adapter."
+            )
+    else:
+        file = Path(hf_hub_download(os.fspath(path), "config.json", revision=revision, token=token))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def open_checkpoint(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Checkpoint:
+    """A checkpoint, its weights downloaded if they have to be."""
+    if not os.path.isdir(path):
+        path = snapshot_download(
+            os.fspath(path), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
+        )
+    return Checkpoint.open(path)
+
+
+def read_layer(checkpoint: Checkpoint, name: str) -> tuple[PackedTensors, PackedFormat]:
+    """A layer's packed tensors and their format.
+
+    Raises:
+        ValueError: the checkpoint has no such layer.
+        InvalidCheckpointError: the layer is damaged.
+    """
+    names = [f"{name}.{tensor}" for tensor in PackedTensors._fields]
+    missing = [tensor for tensor in names if tensor not in checkpoint.shards]
+    if missing:
+        raise ValueError(f"{checkpoint.directory} has no {missing[0]}: it is not the base of an adapter of {name}.")
+    tensors = PackedTensors(*(checkpoint.tensor(tensor) for tensor in names))
+    declared = declared_format(checkpoint.config.get("quantization_config")) or "gptq"
+    return tensors, tensor_format(name, tensors, stored_zero_offset(declared))

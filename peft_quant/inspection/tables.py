@@ -1,0 +1,40 @@
+"""Tables as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells, the first `left` columns aligned to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    )
+
+
+def word(value: object) -> str:
+    """A value of a configuration."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number, or a dash for one that is not known."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def listed(heading: str, lines: Sequence[str], most: int = 10) -> str:
+    """Lines under a heading, the first ones if there are many."""
+    shown = [f"- {line}" for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"- and {len(lines) - most} more")
+    return "\n".join([f"{heading}:", *shown])
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names of layers by the numbers in them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

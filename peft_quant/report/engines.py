@@ -1,0 +1,226 @@
+"""Which engines serve a GPTQ checkpoint: the one table of it, for model cards and for inspection.
+
+Every row is what a source says, named in it, and no more; what no source says is not known. Rows age: whoever checks
+one again enters the day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+_MARLIN_GROUPS = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What decides whether an engine serves a checkpoint.
+
+    Attributes:
+        bits: of a code; None for several bit widths in one checkpoint, or if it is not known.
+        group_size: in-features that share a scale, -1 for all of them; None as for `bits`.
+        symmetric: whether all zero points are `2 ** (bits - 1)`.
+        act_order: whether in-features belong to groups in an order of their own.
+        checkpoint_format: `"gptq"` (zero points stored minus one) or `"gptq_v2"`.
+        shapes: `(in_features, out_features)` of the packed layers; empty if they are not known.
+    """
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    act_order: bool | None
+    checkpoint_format: str = "gptq"
+    shapes: frozenset[tuple[int, int]] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], shapes: Iterable[tuple[int, int]] = ()) -> Packing:
+        """From a quantization config, or from the `base_quantization` of an adapter."""
+        bits, group_size = config.get("bits"), config.get("group_size")
+        return cls(
+            bits if isinstance(bits, int) else None,
+            group_size if isinstance(group_size, int) else None,
+            symmetric=config.get("sym"),
+            act_order=config.get("desc_act"),
+            checkpoint_format=config.get("checkpoint_format") or config.get("format") or "gptq",
+            shapes=frozenset(shapes),
+        )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last group of a layer is known to be shorter."""
+        size = self.group_size
+        return size is not None and size > 0 and any(rows % size for rows, _ in self.shapes)
+
+    def tiles(self, *sizes: tuple[int, int]) -> bool:
+        """Whether no layer is known to have in- and out-features that are not multiples of one of the sizes."""
+        return all(any(rows % k == 0 and columns % n == 0 for k, n in sizes) for rows, columns in self.shapes)
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """Whether an engine serves a checkpoint.
+
+    Attributes:
+        engine: its name and what of it is meant.
+        serves: None if it is not known.
+        option: what has to be given or done for it, in Markdown; empty if nothing.
+        reason: why, or what for; may be empty.
+        sources: addresses, or names of tests, that say so.
+        checked: the day on which they did.
+    """
+
+    engine: str
+    serves: bool | None
+    option: str
+    reason: str
+    sources: tuple[str, ...]
+    checked: str
+
+    def __str__(self) -> str:
+        word = {True: "yes", False: "no", None: "not known"}[self.serves]
+        return word + (f", with {self.option}" if self.option else "") + (f": {self.reason}" if self.reason else "")
+
+
+_Rule = Callable[[Packing], tuple[bool | None, str, str]]
+
+
+def _transformers(packing: Packing) -> tuple[bool | None, str, str]:
+    if packing.bits == 4 and packing.group_size == -1:
+        return True, "", 'on a CPU with `GPTQConfig(bits=4, backend="gptq_torch")`'
+    return True, "", ""
+
+
+def _vllm(packing: Packing) -> tuple[bool | None, str, str]:
+    rule = "4 and 8 bits, symmetric, with or without act-order, in groups of 32, 64, 128 or all"
+    if packing.symmetric is None:
+        return None, "", rule
+    if not packing.symmetric:
+        return False, "", rule
+    if packing.bits in (2, 3):
+        if packing.act_order:
+            return False, "", rule
+        if packing.group_size == -1 or packing.ragged:
+            return None, "", rule
+        return True, "`--quantization humming`", "experimental, of a package of its own; Marlin has 4 and 8 bits"
+    if packing.group_size not in _MARLIN_GROUPS:
+        return False, "", rule
+    if packing.ragged:
+        return False, "", "the in-features of a layer are no multiple of the group"
+    if packing.act_order and not packing.tiles((128, 64)):
+        shape = "Marlin takes act-order where in-features are multiples of 128 and out-features of 64"
+        return (None, "", shape) if packing.group_size == -1 else (True, "`--dtype float16`", shape)
+    return True, "", rule
+
+
+def _sglang(packing: Packing) -> tuple[bool | None, str, str]:
+    if packing.ragged:
+        return False, "", "the in-features of a layer are no multiple of the group"
+    if packing.bits in (4, 8) and packing.symmetric and packing.group_size in _MARLIN_GROUPS:
+        if packing.tiles((128, 64)):
+            return True, "", "4 and 8 bits, symmetric, in groups of 32, 64, 128 or all, by Marlin"
+        unknown = (
+            "by its GPTQ kernel; whether Marlin, which it takes unasked, fits the shape of every layer is not known"
+        )
+        return True, "`--quantization gptq --dtype float16`", unknown
+    return True, "`--dtype float16`", "2, 3, 4 and 8 bits by its GPTQ kernel, which is for fp16"
+
+
+def _llama_cpp(packing: Packing) -> tuple[bool | None, str, str]:
+    if packing.bits == 3:
+        return False, "", "3 bits are not implemented"
+    decoded = "weights are decoded to floats, which `llama-quantize` rounds anew"
+    if packing.symmetric is False and packing.checkpoint_format == "gptq":
+        return True, "zero points as `gptq_v2`", f"as `gptq`, those that are 0 are misread; {decoded}"
+    return True, "", decoded
+
+
+def _lmdeploy(packing: Packing) -> tuple[bool | None, str, str]:
+    rule = "4 bits, symmetric, groups of 128, no act-order; in fp16"
+    if (packing.bits, packing.group_size) != (4, 128) or packing.symmetric is False or packing.act_order:
+        return False, "", rule
+    known = packing.symmetric and packing.checkpoint_format == "gptq"
+    return True if known else None, "", rule
+
+
+def _tgi(packing: Packing) -> tuple[bool | None, str, str]:
+    fits = packing.bits in (4, 8) and packing.symmetric and packing.group_size in _MARLIN_GROUPS
+    if fits and not packing.ragged and packing.tiles((128, 64), (64, 128)):
+        return True, "`--quantize gptq`", "4 and 8 bits, symmetric, by Marlin; in maintenance mode"
+    return None, "", "its Marlin kernels do not take it; in maintenance mode"
+
+
+def _exllamav2(packing: Packing) -> tuple[bool | None, str, str]:
+    if packing.bits != 4:
+        return False, "", "4 bits only"
+    return (True, "", "4 bits only") if packing.checkpoint_format == "gptq" else (None, "", "zero points as `gptq_v2`")
+
+
+def _exllamav3(packing: Packing) -> tuple[bool | None, str, str]:
+    return None, "", "its documentation names its own format, EXL3"
+
+
+_VLLM_DOCS = "https://docs.vllm.ai/en/stable/api/vllm/model_executor/layers/quantization/auto_gptq/"
+_SGLANG_CONFIG, _SGLANG_LAYER = (
+    f"https://github.com/sgl-project/sglang/blob/{commit}/python/sglang/srt/layers/quantization"
+    for commit in ("0cdfa2f8363e82641db14b68545ea9df27b2a7f4", "0848df5893cd8b64731ff857b361c8f28a1998a5")
+)
+_LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/00bd27a621f92be9a99d24d7c5117a263b9b3c01/conversion/base.py"
+_LMDEPLOY = "https://github.com/InternLM/lmdeploy/blob/02f556b3b12e0ec20c7a561871f1d03d02fc80f0/lmdeploy/turbomind"
+_TGI = "https://github.com/huggingface/text-generation-inference/blob/1629d0bb6d04a916bcbf695474a4fcc8acfbcd1e/server"
+
+_ENGINES: tuple[tuple[str, _Rule, tuple[str, ...], str], ...] = (  # name, rule, sources, when they were read
+    (
+        "transformers 5.23, gptqmodel 7.6, optimum 2.3",
+        _transformers,
+        ("tests of peft_quant",),
+        "2026-11-22",
+    ),
+    (
+        "vLLM, NVIDIA GPU",
+        _vllm,
+        (
+            _VLLM_DOCS,
+            "https://github.com/vllm-project/vllm/pull/38288",
+            "https://github.com/vllm-project/vllm/pull/34556",
+            "https://github.com/vllm-project/vllm/issues/45051",
+        ),
+        "2026-11-22",
+    ),
+    (
+        "SGLang, NVIDIA GPU",
+        _sglang,
+        (f"{_SGLANG_CONFIG}/gptq/gptq.py", f"{_SGLANG_LAYER}/gptq/schemes/gptq_linear.py"),
+        "2026-11-22",
+    ),
+    ("llama.cpp, by convert_hf_to_gguf.py", _llama_cpp, (_LLAMA_CPP,), "2026-11-22"),
+    ("LMDeploy, TurboMind", _lmdeploy, (f"{_LMDEPLOY}/converter.py",), "2026-11-22"),
+    (
+        "TGI, NVIDIA GPU",
+        _tgi,
+        (
+            f"{_TGI}/text_generation_server/layers/marlin/gptq.py",
+            "https://huggingface.co/docs/text-generation-inference",
+        ),
+        "2026-11-22",
+    ),
+    ("ExLlamaV2", _exllamav2, ("https://github.com/turboderp-org/exllamav2/issues/35",), "2026-11-22"),
+    ("ExLlamaV3", _exllamav3, ("https://github.com/turboderp-org/exllamav3",), "2026-11-22"),
+)
+
+
+def engine_verdicts(packing: Packing) -> list[EngineVerdict]:
+    """Whether each engine serves a checkpoint. None is known to for bit widths that GPTQ's format does not have.
+
+    Args:
+        packing: of the checkpoint. What it leaves open is taken as fitting: act-order as none, shapes as regular.
+    """
+    verdicts = []
+    for engine, rule, sources, checked in _ENGINES:
+        if packing.bits in (2, 3, 4, 8) and packing.group_size is not None:
+            serves, option, reason = rule(packing)
+        else:
+            serves, option, reason = None, "", "bits or groups of several kinds, or unusual ones"
+        verdicts.append(EngineVerdict(engine, serves, option, reason, sources, checked))
+    return verdicts

@@ -1,0 +1,62 @@
+"""How far adapters moved a model's layers, as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from .heat_map import Panel, heat_map
+
+
+class LayerChange(Protocol):
+    """The change of one layer: its size, and as a share of the base if that is known; the rank of low-rank ones."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def absolute(self) -> float: ...
+    @property
+    def relative(self) -> float | None: ...
+    @property
+    def rank(self) -> int | None: ...
+
+
+def plot_layer_changes(
+    changes: Iterable[LayerChange],
+    path: str | os.PathLike[str],
+    *,
+    other: Iterable[LayerChange] | None = None,
+    titles: Sequence[str] = ("first adapter", "second adapter"),
+) -> Path:
+    """Draw how far an adapter moved each layer, or two adapters side by side on one colour scale.
+
+    Relative changes are drawn if all of them are known, else absolute ones: of scales their root mean square, of
+    weights their Frobenius norm.
+
+    Args:
+        changes: a row a layer, as `peft_quant.inspection.layer_changes` returns them.
+        path: file to write, a PNG.
+        other: of the other adapter.
+        titles: what to write above the adapters if there are two.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an adapter without layers.
+    """
+    adapters = [list(rows) for rows in (changes, other) if rows is not None]
+    if not all(adapters):
+        raise ValueError("The adapter changes no GPTQ layer: there is nothing to draw.")
+    relative = all(row.relative is not None for rows in adapters for row in rows)
+    moved = {"weights" if row.rank else "scales" for rows in adapters for row in rows}
+    kind = f"{'relative ' if relative else ''}change of {' or '.join(sorted(moved))}"
+    panels = [
+        Panel(title, {row.name: (row.relative or 0.0) if relative else row.absolute for row in rows})
+        for title, rows in zip(titles if len(adapters) == 2 else [""], adapters)
+    ]
+    heat_map([panels], kind, percent=relative).savefig(path, format="png")
+    return Path(path)
