@@ -10,7 +10,11 @@ from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
+    from .estimate import estimate_memory
+=======
     from .callbacks import ReportCallback
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
     from .proof import TrainingError
@@ -41,7 +45,11 @@ __all__ = [
     "ReportCallback",
     "TrainingError",
     "cache_teacher",
+<<<<<<< HEAD
+    "estimate_memory",
+=======
     "compare_adapters",
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     "export_lora",
     "export_qft",
     "hotswap_adapter",
@@ -77,7 +85,11 @@ _LAZY = {
     "ReportCallback": "callbacks",
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
+<<<<<<< HEAD
+    "estimate_memory": "estimate",
+=======
     "compare_adapters": "inspection",
+>>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
     "export_lora": "tuners.lrec",
     "export_qft": "qft",
     "hotswap_adapter": "tuners.hotswap",
