@@ -12,6 +12,7 @@ from transformers.utils import logging
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
     "lrec_correction": "| task: a second branch over it |",
+    "merge_and_serve": "adapter against merged: 0 in the same arithmetic",
     "peqa_finetuning": "adapter against merged: 0 in the same arithmetic",
     "qft_finetuning": "| fp32 Lion |",
 }
