@@ -92,10 +92,14 @@ class Stages:
         return self.results[name]["value"]
 
 
-def load(model: str | Path) -> PreTrainedModel:
-    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint."""
+def load(model: str | Path, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint.
+
+    Args:
+        device: the first GPU by default, or else the CPU.
+    """
     kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # in the dtype of the float model's evaluation: rounding scales to bfloat16 would count as quantization error
     return AutoModelForCausalLM.from_pretrained(
         model, quantization_config=kernel, dtype=torch.float32, device_map=device

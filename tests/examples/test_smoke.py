@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
     "lrec_correction": "| task: a second branch over it |",
     "merge_and_serve": "adapter against merged: 0 in the same arithmetic",
+    "multi_gpu": "tokens/s together",
     "multi_task_switching": "logits are the same, whichever way",
     "peqa_finetuning": "adapter against merged: 0 in the same arithmetic",
     "qft_finetuning": "| fp32 Lion |",
