@@ -161,7 +161,9 @@ def main() -> None:
         from task_page import TaskModel, build_page, launch
 
         model = PeftModel.from_pretrained(load(base), next(iter(adapters.values())))
-        launch(build_page(TaskModel(model, tokenizer, adapters), PROMPT), arguments.port)
+        page = build_page(TaskModel(model, tokenizer, adapters), PROMPT)
+        print(f"\n{launch(page, arguments.port)}", flush=True)
+        page.block_thread()
 
 
 if __name__ == "__main__":

@@ -106,18 +106,21 @@ def build_page(model: TaskModel, prompt: str, max_new_tokens: int = 48) -> gr.Bl
         button = gr.Button("Generate", variant="primary")
         output = gr.Textbox(label="Output", lines=6)
         status = gr.Markdown()
-        gr.on([button.click, text.submit], answer, [task, text], [output, status])
+        generation = gr.on(
+            [button.click, text.submit],
+            answer,
+            [task, text],
+            [output, status],
+            trigger_mode="always_last",
+            show_progress_on=output,
+        )
+        task.change(None, cancels=generation)
     return page
 
 
-def launch(page: gr.Blocks, port: int | None = None, block: bool = True) -> str:
-    """Serve a page on loopback; gives its address.
-
-    Args:
-        port: a free one by default.
-        block: until the process is interrupted.
-    """
+def launch(page: gr.Blocks, port: int | None = None) -> str:
+    """Serve a page on loopback, on a free port by default, and give its address; does not wait."""
     _, address, _ = page.launch(
-        server_name="127.0.0.1", server_port=port, share=False, prevent_thread_lock=not block, footer_links=[]
+        server_name="127.0.0.1", server_port=port, share=False, prevent_thread_lock=True, quiet=True, footer_links=[]
     )
     return address

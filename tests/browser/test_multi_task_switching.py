@@ -77,7 +77,7 @@ def hosts(monkeypatch):
 @pytest.fixture
 def address(task_page, task_model, hosts):
     page = task_page.build_page(task_model, PROMPT, TOKENS)
-    yield task_page.launch(page, block=False)
+    yield task_page.launch(page)
     page.close()
 
 
