@@ -10,11 +10,8 @@ from .compat import is_command_line, require_supported_peft
 
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from .estimate import estimate_memory
-=======
     from .callbacks import ReportCallback
->>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
+    from .estimate import estimate_memory
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
     from .proof import TrainingError
@@ -45,11 +42,8 @@ __all__ = [
     "ReportCallback",
     "TrainingError",
     "cache_teacher",
-<<<<<<< HEAD
-    "estimate_memory",
-=======
     "compare_adapters",
->>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
+    "estimate_memory",
     "export_lora",
     "export_qft",
     "hotswap_adapter",
@@ -85,11 +79,8 @@ _LAZY = {
     "ReportCallback": "callbacks",
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
-<<<<<<< HEAD
-    "estimate_memory": "estimate",
-=======
     "compare_adapters": "inspection",
->>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
+    "estimate_memory": "estimate",
     "export_lora": "tuners.lrec",
     "export_qft": "qft",
     "hotswap_adapter": "tuners.hotswap",

@@ -14,11 +14,7 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-<<<<<<< HEAD
-from . import card, correct, env, estimate, eval, merge, quantize, train
-=======
-from . import card, correct, env, eval, inspect, merge, quantize, train
->>>>>>> 5ba6e1f5289635714512c4da6ac517c2ed455336
+from . import card, correct, env, estimate, eval, inspect, merge, quantize, train
 from .console import say
 from .options import PASSED_ON
 
