@@ -26,17 +26,22 @@ from xml.etree import ElementTree
 
 import mwparserfromhell
 import torch
+from measure import windows
 from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_quant.gptq.checkpoint import new_directory
+from peft_quant.gptq.quantize import quantize_checkpoint
 
+
+CACHE = Path(".cache/assets")
+"""Of all examples, so that a model is decoded and quantized once."""
 
 _SHORTEST_PARAGRAPH = 200  # characters; shorter lines of an article are headings, list items or captions
 
 
-def float_model(cache: Path) -> Path:
+def float_model(cache: Path = CACHE) -> Path:
     """Directory of SmolLM2-135M-Instruct as an ordinary bf16 checkpoint, made at the first call.
 
     Its weights are those of a 4-bit GGUF file, decoded. This checkpoint, not the original release, is the float
@@ -68,7 +73,17 @@ def float_model(cache: Path) -> Path:
     return path
 
 
-def wikipedia(cache: Path) -> tuple[str, str]:
+def gptq_model(cache: Path = CACHE) -> Path:
+    """Directory of the same model as a GPTQ checkpoint: 4 bits, group 64, symmetric; made at the first call."""
+    path = cache / "smollm2-135m-instruct-gptq-4bit"
+    if not path.exists():
+        tokenizer = AutoTokenizer.from_pretrained(float_model(cache))
+        calibration = tokenizer.batch_decode(windows(tokenizer, wikipedia(cache)[0], 256, 16))
+        quantize_checkpoint(float_model(cache), path, calibration, bits=4, group_size=64)
+    return path
+
+
+def wikipedia(cache: Path = CACHE) -> tuple[str, str]:
     """Prose of Wikipedia articles, split by article into training and held-out text."""
     files = [cache / "wikipedia" / name for name in ("train.txt", "held-out.txt")]
     if not files[0].exists():
@@ -86,7 +101,7 @@ def wikipedia(cache: Path) -> tuple[str, str]:
     return train, held_out
 
 
-def king_james(cache: Path) -> tuple[str, str]:
+def king_james(cache: Path = CACHE) -> tuple[str, str]:
     """The King James Bible, split by book into training and held-out text.
 
     Held out are Ruth, Job, Hosea, Zechariah, Galatians and Hebrews, which share no long passages with other books.
@@ -102,10 +117,11 @@ def king_james(cache: Path) -> tuple[str, str]:
     return "".join(train), "".join(held_out)
 
 
-def wordnet(cache: Path) -> tuple[str, str]:
+def wordnet(cache: Path = CACHE) -> tuple[str, str]:
     """Words and their definitions in WordNet, as questions and answers, split into training and held-out text."""
     files = [cache / "wordnet" / name for name in ("train.txt", "held-out.txt")]
     if not files[0].exists():
+        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder, new_directory(files[0].parent) as directory:
             subprocess.run(["apt-get", "--quiet", "--quiet", "download", "wordnet-base"], cwd=folder, check=True)
             (package,) = Path(folder).glob("*.deb")

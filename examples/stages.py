@@ -1,12 +1,17 @@
-"""What the examples share: a quiet environment, stages that are not done twice, and loading."""
+"""What the examples share: a quiet environment, their options, stages that are not done twice, and loading."""
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import hashlib
 import json
 import logging
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,6 +34,36 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 LogBar.shared().setLevel("ERROR")
 transformers_logging.set_verbosity_error()
+
+
+def parse(parser: argparse.ArgumentParser, name: str, **smoke: Any) -> argparse.Namespace:
+    """The options of an example, and those that all have: `--work-dir` and `--smoke`.
+
+    Args:
+        name: of the example.
+        smoke: what `--smoke` puts in the place of other options' defaults.
+    """
+    parser.add_argument("--work-dir", type=Path, default=Path(".cache", name))
+    parser.add_argument(
+        "--smoke", action="store_true", help="all of it in seconds: a tiny random model, generated texts, few steps"
+    )
+    if parser.parse_known_args()[0].smoke:
+        parser.set_defaults(work_dir=temporary_directory(), **smoke)
+    arguments = parser.parse_args()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def temporary_directory() -> Path:
+    """A new directory that is gone when the process ends."""
+    directory = Path(tempfile.mkdtemp(prefix="peft_quant-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def digest(**settings: Any) -> str:
+    """A short name for what decides a run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Stages:
@@ -57,10 +92,14 @@ class Stages:
         return self.results[name]["value"]
 
 
-def load(model: str | Path) -> PreTrainedModel:
-    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint."""
+def load(model: str | Path, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint.
+
+    Args:
+        device: the first GPU by default, or else the CPU.
+    """
     kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # in the dtype of the float model's evaluation: rounding scales to bfloat16 would count as quantization error
     return AutoModelForCausalLM.from_pretrained(
         model, quantization_config=kernel, dtype=torch.float32, device_map=device

@@ -11,6 +11,7 @@ from .compat import is_command_line, require_supported_peft
 
 if TYPE_CHECKING:
     from .callbacks import ReportCallback
+    from .estimate import estimate_memory
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
     from .proof import TrainingError
@@ -42,6 +43,7 @@ __all__ = [
     "TrainingError",
     "cache_teacher",
     "compare_adapters",
+    "estimate_memory",
     "export_lora",
     "export_qft",
     "hotswap_adapter",
@@ -78,6 +80,7 @@ _LAZY = {
     "TrainingError": "proof",
     "cache_teacher": "tuners.lrec.teacher",
     "compare_adapters": "inspection",
+    "estimate_memory": "estimate",
     "export_lora": "tuners.lrec",
     "export_qft": "qft",
     "hotswap_adapter": "tuners.hotswap",

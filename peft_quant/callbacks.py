@@ -100,6 +100,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         self.before: dict[str, Any] = {"losses": {}, "answers": {}}
         self._after: dict[str, Any] = {"losses": {}, "answers": {}}
         self._started: float | None = None  # while it trains
+        self._logged: int | None = None  # entries of the log until training ended
         self._sizes: dict[str, int | None] = {}  # samples that were evaluated
         self._random: Any = None  # what an evaluation that only this asked for is to give back
         self._codes: dict[str, torch.Tensor] = {}
@@ -127,7 +128,7 @@ class ReportCallback(TrainerCallback, ExportableState):
             warnings.warn(message, stacklevel=2)
         outside, self._after = self._after["losses"], {"losses": {}, "answers": {}}
         self.before, self.seconds, self._started = {"losses": outside, "answers": {}}, 0.0, time.perf_counter()
-        self._codes, self._memory = {}, {}
+        self._logged, self._codes, self._memory = None, {}, {}
         if state.global_step:
             own = saved.get(type(self).__name__)
             if isinstance(own, dict):
@@ -186,7 +187,7 @@ class ReportCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.seconds, self._started = self._trained_for(), None
+        self.seconds, self._started, self._logged = self._trained_for(), None, len(state.log_history)
         if state.is_world_process_zero:
             tokenizer = self.tokenizer or kwargs.get("processing_class")
             self._after["answers"] = self._answers(kwargs["model"], tokenizer)
@@ -198,7 +199,7 @@ class ReportCallback(TrainerCallback, ExportableState):
     def _answers(self, model: Any, tokenizer: Any) -> dict[str, str]:
         """What the model says to the prompts."""
         answers: dict[str, str] = {}
-        if tokenizer is None or _is_sharded(model):
+        if tokenizer is None or _is_sharded():
             return answers
         with _warn_of_errors("Samples"), _undisturbed(model):
             for prompt in self.prompts:
@@ -218,17 +219,17 @@ class ReportCallback(TrainerCallback, ExportableState):
 
     def _report(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> TrainingReport:
         method, name = _method(model), _model_name(model)
-        peak = _peak()
+        log = state.log_history[: self._logged]  # what is evaluated later may be something else
         return TrainingReport(
             title=f"{method} on {name}" if name else method,
             status=_status(state, self._started is not None),
             summary=_summary(args, state, model) | {"Time": format_seconds(self._trained_for())},
             command=_command(),
-            log=[entry for entry in state.log_history if "step" in entry],
+            log=log,
             memory=self._memory_rows(args, model, kwargs.get("train_dataloader")),
-            peak=peak,
+            peak=_peak(),
             changes=self._changes(model),
-            evaluations=self._evaluations(args, state, model),
+            evaluations=self._evaluations(args, state, model, log),
             samples=[
                 Sample(prompt, self.before["answers"].get(prompt), self._after["answers"].get(prompt))
                 for prompt in self.prompts
@@ -271,12 +272,14 @@ class ReportCallback(TrainerCallback, ExportableState):
             {name: shares[name] for name, _ in inner.named_modules() if name in shares},
         )
 
-    def _evaluations(self, args: TrainingArguments, state: TrainerState, model: Any) -> list[Evaluation]:
-        last = state.log_history
+    def _evaluations(
+        self, args: TrainingArguments, state: TrainerState, model: Any, log: Sequence[Mapping[str, Any]]
+    ) -> list[Evaluation]:
+        last = log
         if args.load_best_model_at_end and self._started is None and state.best_global_step:
             last = [entry for entry in last if entry["step"] == state.best_global_step]
         before, after = dict(self.before["losses"]), dict[str, float]()
-        for entry in state.log_history:
+        for entry in log:
             if entry["step"] == 0:
                 before |= _losses(entry)
         for entry in last:
@@ -284,7 +287,7 @@ class ReportCallback(TrainerCallback, ExportableState):
                 after |= _losses(entry)
         after |= self._after["losses"]
         has_perplexity = _says_words(model) and not args.label_smoothing_factor
-        rewards = any("rewards/" in key for entry in state.log_history for key in entry)
+        rewards = any("rewards/" in key for entry in log for key in entry)
         return [
             Evaluation(
                 name.removeprefix("eval").strip("_"), before.get(name), after.get(name), has_perplexity and not rewards
@@ -334,14 +337,14 @@ def _summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[s
     trained = [p for p in model.parameters() if p.requires_grad]
     values = sum(p.numel() for p in trained)
     size = sum(_size(p) for p in trained)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = {
         "Method": _method(model),
         "Model": _model_name(model),
         "Base format": _base_format(model),
         "Trained": f"{values:,} values, {' and '.join(_precisions(trained))}, {format_bytes(size)}",
-        "Steps": f"{state.global_step:,} of {state.max_steps:,}, {state.epoch or 0:.3g} epochs",
-        "Batch": f"{batch} sequences a step",
+        "Steps": f"{state.global_step:,} of {state.max_steps:,}, epoch {state.epoch or 0:.3g}",
+        "Sequences a step": batch,
         "Tokens": f"{_tokens(state):,}" if _tokens(state) else None,
         "Learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "Seed": str(args.seed),
@@ -470,8 +473,8 @@ def _says_words(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)())
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether one process alone cannot run the model."""
+def _is_sharded() -> bool:
+    """Whether a process has only a part of the model, and cannot run it alone."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 

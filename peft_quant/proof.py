@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 _SAMPLES = 1024
@@ -13,7 +14,8 @@ class TrainingError(RuntimeError):
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of at most some thousand values, spread evenly over a tensor."""
+    """A copy of at most some thousand values, spread evenly over a tensor; of a sharded one, over the own shard."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 

@@ -57,6 +57,14 @@ def test_table(results):
     assert sum(line.startswith("| lora") for line in lines) == 2
 
 
+@pytest.mark.parametrize("shape", ("7b",))
+def test_estimates_are_near_what_was_measured(shape):
+    lines = run("estimate.py", "--shape", shape).splitlines()[2:]
+    differences = [float(line.strip("| ").split(" | ")[-1].rstrip("%")) for line in lines]
+    assert len(differences) >= 4
+    assert all(abs(difference) < 10 for difference in differences), lines
+
+
 def test_quality(tmp_path):
     options = {"bits": 3, "group_size": 64, "asymmetric": False, "rank": 8, "steps": 10, "batch_size": 2}
     options |= {

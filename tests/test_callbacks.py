@@ -117,7 +117,7 @@ class TestContent:
         assert known["Base format"] == "GPTQ, 4 bits, groups of 32, symmetric"
         values = sum(p.numel() for p in trained(run).values())
         assert known["Trained"] == f"{values:,} values, fp32, {4 * values / 1000:.3g} kB"
-        assert known["Steps"] == "4 of 4, 1 epochs"
+        assert known["Steps"] == "4 of 4, epoch 1"
         assert "finished, 4 steps" in text
 
         losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
@@ -204,6 +204,15 @@ class TestContent:
         assert cells(read(tmp_path), "evaluation")[0][3:] == expected
         run.evaluate(sequences(2))  # another set is not what was evaluated before
         assert cells(read(tmp_path), "evaluation")[0][3:] == expected
+
+    def test_another_set_after_training(self, checkpoint, tmp_path):
+        run = trainer(checkpoint, tmp_path, eval_strategy="epoch")
+        run.train()
+        expected = cells(read(tmp_path), "evaluation")
+        run.evaluate(sequences(2))
+        assert cells(read(tmp_path), "evaluation") == expected
+        run.evaluate()
+        assert cells(read(tmp_path), "evaluation") == expected
 
     def test_after_is_the_best_model(self, checkpoint, tmp_path):
         saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}

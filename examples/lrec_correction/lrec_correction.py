@@ -12,7 +12,7 @@ RILQ, and a branch that learns from the text alone.
     python lrec_correction.py
     python lrec_correction.py --bits 2 --group-size 32 --asymmetric
 
-Every stage is kept under --work-dir and not done twice.
+Every stage is kept under --work-dir and not done twice. --smoke runs it in seconds, on a tiny random model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, load, versions  # noqa: I001
+from stages import Stages, load, parse, versions  # noqa: I001
 
+import demo_assets
+import smoke_model
 import torch
-from demo_assets import float_model, king_james, wikipedia
 from eora import start_as_eora
 from measure import evaluate, windows
 from peft import PeftModel, get_peft_model
@@ -60,10 +61,11 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.work: Path = arguments.work_dir
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.float_model = float_model(self.work)
+        assets: Any = smoke_model if arguments.smoke else demo_assets
+        self.float_model = assets.float_model()
         self.tokenizer = AutoTokenizer.from_pretrained(self.float_model)
-        self.general, self.task = wikipedia(self.work), king_james(self.work)
+        self.general, self.task = assets.wikipedia(), assets.king_james()
+        self.calibration_text = self.general[0]
         if arguments.validation:
             self.general, self.task = (without_last_tenth(text[0]) for text in (self.general, self.task))
         self.held_out = {
@@ -90,7 +92,7 @@ class Run:
         return self.samples(self.general[0])
 
     def calibration(self) -> torch.Tensor:
-        return windows(self.tokenizer, wikipedia(self.work)[0], 512, self.arguments.calibration)
+        return windows(self.tokenizer, self.calibration_text, 512, self.arguments.calibration)
 
     def quantize(self) -> None:
         quantize_checkpoint(
@@ -262,9 +264,10 @@ def main() -> None:
     parser.add_argument(
         "--validation", action="store_true", help="hold out the last tenth of the training texts, to choose options by"
     )
-    parser.add_argument("--work-dir", type=Path, default=Path(".cache/lrec_correction"))
     parser.add_argument("--output", type=Path, help="JSON file of the options and the results")
-    run = Run(parser.parse_args())
+    smoke: dict[str, Any] = {"calibration": 4, "rank": 4, "steps": 2, "sequence_length": 64, "windows": 2}
+    smoke["only"] = ["eora", "whitened", "lrec-whitened", "task-second"]
+    run = Run(parse(parser, "lrec_correction", **smoke))
 
     if not run.base.exists():
         run.stages.run("quantize", run.quantize, run.base)

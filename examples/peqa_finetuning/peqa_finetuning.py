@@ -13,98 +13,33 @@ With your own GPTQ checkpoint and text, each a path or a Hub id:
 
     python peqa_finetuning.py --model user/model-gptq-4bit --dataset user/dataset --column text --steps 500
 
-Every stage is kept under --work-dir and not done twice.
+Every stage is kept under --work-dir and not done twice. --smoke runs all of it in seconds, on a tiny random model.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, load, versions  # noqa: I001
+from stages import Stages, digest, load, parse, versions  # noqa: I001
 
+import demo_assets
+import smoke_model
 import torch
 from datasets import load_dataset
-from demo_assets import float_model, king_james, wikipedia
 from measure import evaluate, probe_logits, windows
 from peft import PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from tuning import Settings, tune
 
 import peft_quant
-from peft_quant.gptq.quantize import quantize_checkpoint
-
-
-@dataclass
-class Settings:
-    """What decides the adapter; a change of any of these trains anew."""
-
-    model: str
-    train_text: str
-    steps: int
-    batch_size: int
-    sequence_length: int
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        content = {**asdict(self), "train_text": hashlib.sha256(self.train_text.encode()).hexdigest()}
-        return "adapter-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def train(settings: Settings, validation_text: str, directory: Path) -> None:
-    """PEQA with the stock Trainer; saves the adapter."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    set_seed(settings.seed)
-    model = get_peft_model(load(settings.model), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
-    model.print_trainable_parameters()
-
-    def dataset(text: str, number: int) -> list[dict[str, torch.Tensor]]:
-        batch = windows(tokenizer, text, settings.sequence_length, number)
-        return [{"input_ids": window, "labels": window} for window in batch]
-
-    arguments = TrainingArguments(
-        output_dir=directory.with_name(directory.name + "-checkpoints"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, settings.steps // 10),
-        weight_decay=0.0,
-        bf16=torch.cuda.is_available(),
-        logging_steps=max(1, settings.steps // 10),
-        eval_strategy="steps",
-        eval_steps=max(1, settings.steps // 2),
-        save_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=False,
-        seed=settings.seed,
-    )
-    Trainer(
-        model,
-        arguments,
-        train_dataset=dataset(settings.train_text, settings.steps * settings.batch_size),
-        eval_dataset=dataset(validation_text, 8),
-        data_collator=default_data_collator,
-    ).train()
-    model.save_pretrained(directory)
 
 
 def main() -> None:
@@ -118,19 +53,20 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work-dir", type=Path, default=Path(".cache/peqa_finetuning"))
-    arguments = parser.parse_args()
+    arguments = parse(parser, "peqa_finetuning", steps=4, sequence_length=64, windows=2)
 
+    assets: Any = smoke_model if arguments.smoke else demo_assets
     work = arguments.work_dir
-    work.mkdir(parents=True, exist_ok=True)
-    texts = read_texts(arguments, work)
+    texts = read_texts(arguments, assets)
     (tune_train, tune_held_out), (_, general_held_out) = texts["tuned"], texts["general"]
-    evaluated_on = hashlib.sha256(f"{arguments.windows} {tune_held_out}".encode()).hexdigest()[:8]
+    evaluated_on = digest(windows=arguments.windows, text=tune_held_out)
     stages = Stages(work / f"results-{evaluated_on}.json")
 
     base, float_directory = arguments.model, None
     if base is None:
-        base, float_directory = quantized_demo_model(work, stages, texts["general"][0])
+        stages.run("decode SmolLM2 from its package", lambda: str(assets.float_model()))
+        stages.run("quantize to 4 bits", lambda: str(assets.gptq_model()))
+        base, float_directory = assets.gptq_model(), assets.float_model()
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out = {
         name: windows(tokenizer, text, 512, arguments.windows)
@@ -155,7 +91,7 @@ def main() -> None:
         arguments.seed,
     )
     adapter = work / settings.name
-    stages.run(f"tune {adapter.name}", lambda: train(settings, tune_held_out, adapter), adapter)
+    stages.run(f"tune {adapter.name}", lambda: tune(settings, adapter, tune_held_out), adapter)
 
     def evaluate_adapter() -> dict[str, float]:
         model = PeftModel.from_pretrained(load(base), adapter)
@@ -178,11 +114,11 @@ def main() -> None:
     report(rows, differences, stages, adapter)
 
 
-def read_texts(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, str]]:
-    """Training and held-out text of the domain to tune on, and general text."""
-    general = wikipedia(work)
+def read_texts(arguments: argparse.Namespace, assets: Any) -> dict[str, tuple[str, str]]:
+    """Training and held-out text of the domain to tune on, and general text; the held-out ones also as files."""
+    general = assets.wikipedia()
     if arguments.dataset is None:
-        tuned = king_james(work)
+        tuned = assets.king_james()
     else:
         if Path(arguments.dataset).is_file():
             text = Path(arguments.dataset).read_text(encoding="utf-8")
@@ -191,24 +127,8 @@ def read_texts(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str
         cut = int(len(text) * 0.9)
         tuned = text[:cut], text[cut:]
     for name, (_, held_out) in {"tuned": tuned, "general": general}.items():
-        (work / f"{name}.txt").write_text(held_out, encoding="utf-8")
+        (arguments.work_dir / f"{name}.txt").write_text(held_out, encoding="utf-8")
     return {"tuned": tuned, "general": general}
-
-
-def quantized_demo_model(work: Path, stages: Stages, calibration_text: str) -> tuple[Path, Path]:
-    """SmolLM2 in 4 bits, group 64, symmetric, and its float original."""
-    stages.run("decode SmolLM2 from its package", lambda: str(float_model(work)))
-    float_directory = float_model(work)
-    base = work / "smollm2-135m-instruct-gptq-4bit"
-
-    def quantize() -> None:
-        tokenizer = AutoTokenizer.from_pretrained(float_directory)
-        calibration = tokenizer.batch_decode(windows(tokenizer, calibration_text, 256, 16))
-        quantize_checkpoint(float_directory, base, calibration, bits=4, group_size=64)
-
-    if not base.exists():
-        stages.run("quantize to 4 bits", quantize, base)
-    return base, float_directory
 
 
 def evaluate_in_fresh_process(
@@ -246,7 +166,8 @@ def write_cards(
         name: {tuned: round(row["tuned"], 2), "Wikipedia": round(row["general"], 2)} for name, row in rows.items()
     }
     own = {adapter: perplexity.pop("GPTQ + PEQA adapter"), merged: perplexity.pop("merged, plain transformers")}
-    options = {name: value for name, value in asdict(settings).items() if name not in ("model", "train_text")}
+    unnamed = ("model", "train_text", "target_modules")
+    options = {name: value for name, value in asdict(settings).items() if name not in unnamed}
     if on_hub:
         options = {"dataset": arguments.dataset, "column": arguments.column, **options}
     if arguments.model is not None and not Path(arguments.model).exists():

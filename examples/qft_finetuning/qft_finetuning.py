@@ -18,13 +18,13 @@ With your own model and text, each a path or a Hub id:
 
     python qft_finetuning.py --model user/model --dataset user/dataset --column text --steps 500
 
-Every run is kept under --work-dir, in a file of its own, and not done twice.
+Every run is kept under --work-dir, in a file of its own, and not done twice. --smoke runs all of it in seconds, on a
+tiny random model.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -37,11 +37,12 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, versions  # noqa: I001
+from stages import Stages, digest, parse, versions  # noqa: I001
 
+import demo_assets
+import smoke_model
 import torch
 from datasets import load_dataset
-from demo_assets import float_model, king_james, wikipedia, wordnet
 from measure import evaluate, windows
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -137,10 +138,8 @@ class Settings:
 
     @property
     def name(self) -> str:
-        content = {**asdict(self), "train_text": hashlib.sha256(self.train_text.encode()).hexdigest()}
-        content |= {"options": asdict(ROWS[self.row])}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-        return "-".join([*self.row.replace(",", "").replace("%", "percent").lower().split(), digest])
+        words = self.row.replace(",", "").replace("%", "percent").lower().split()
+        return "-".join([*words, digest(**asdict(self), options=asdict(ROWS[self.row]))])
 
 
 def load_float(model: str, dtype: str = "float32", **options: Any) -> PreTrainedModel:
@@ -277,23 +276,22 @@ def main() -> None:
         help="of QFT's float parameters and products; other rows are fp32",
     )
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
-    parser.add_argument("--work-dir", type=Path, default=Path(".cache/qft_finetuning"))
     parser.add_argument("--output", type=Path, help="JSON file of the options and the results")
-    arguments = parser.parse_args()
+    arguments = parse(parser, "qft_finetuning", steps=2, sequence_length=64, windows=2)
     if arguments.list:
         print("\n".join(ROWS))
         return
 
+    assets: Any = smoke_model if arguments.smoke else demo_assets
     work = arguments.work_dir
-    work.mkdir(parents=True, exist_ok=True)
-    name, (train_text, tuned_held_out) = read_text(arguments, work)
-    model = arguments.model or str(float_model(work))
+    name, (train_text, tuned_held_out) = read_text(arguments, assets)
+    model = arguments.model or str(assets.float_model())
     tokenizer = AutoTokenizer.from_pretrained(model)
     held_out = {
         name: windows(tokenizer, tuned_held_out, 512, arguments.windows),
-        GENERAL: windows(tokenizer, wikipedia(work)[1], 512, arguments.windows),
+        GENERAL: windows(tokenizer, assets.wikipedia()[1], 512, arguments.windows),
     }
-    evaluated_on = hashlib.sha256(f"{arguments.windows} {tuned_held_out}".encode()).hexdigest()[:8]
+    evaluated_on = digest(windows=arguments.windows, text=tuned_held_out)
 
     def settings(row: str, seed: int) -> Settings:
         rate = getattr(arguments, f"{ROWS[row].kind}_learning_rate")
@@ -325,11 +323,11 @@ def main() -> None:
         arguments.output.write_text(json.dumps(output, indent=2) + "\n", encoding="utf-8")
 
 
-def read_text(arguments: argparse.Namespace, work: Path) -> tuple[str, tuple[str, str]]:
+def read_text(arguments: argparse.Namespace, assets: Any) -> tuple[str, tuple[str, str]]:
     """Name of the text to tune on, its training and its held-out part."""
     if arguments.dataset is None:
-        read = {"king-james": king_james, "wordnet": wordnet}[arguments.text]
-        return {"king-james": "King James", "wordnet": "WordNet"}[arguments.text], read(work)
+        read = {"king-james": assets.king_james, "wordnet": assets.wordnet}[arguments.text]
+        return {"king-james": "King James", "wordnet": "WordNet"}[arguments.text], read()
     if Path(arguments.dataset).is_file():
         text = Path(arguments.dataset).read_text(encoding="utf-8")
     else:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import card, correct, env, eval, inspect, merge, quantize, train
+from . import card, correct, env, estimate, eval, inspect, merge, quantize, train
 from .console import say
 from .options import PASSED_ON
 
@@ -32,6 +32,7 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
+app.command("estimate")(estimate.estimate)
 app.command("quantize")(quantize.quantize)
 app.command("train", context_settings=PASSED_ON)(train.train)
 app.command("correct", context_settings=PASSED_ON)(correct.correct)

@@ -258,7 +258,9 @@ def lora_linear(
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if x.is_meta or not torch.is_autocast_enabled(device):  # which knows nothing of the meta device
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,8 @@ class AdapterInspection:
 
     def layer_table(self) -> str:
         """A row a layer."""
+        if not self.changes:
+            return "no GPTQ layer is changed"
         rows: list[tuple[str, ...]] = [("layer", "values", "change", *_further(self.changes))]
         rows += [
             (change.name, f"{change.values:,}", _percent(change, _size(change)), *_further(self.changes, [change]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -290,7 +291,7 @@ _IMPLEMENTED: dict[Any, Callable[..., Any]] = {
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, Int8Weight) or weight.flat:
         raise TypeError("F.linear takes an int8 weight [N, K] as its weight: pass the `dequantize()` of any other.")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias)
 
@@ -302,14 +303,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *weight._tensors())
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             return ops.int8_linear(x, *weight._tensors(), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         dx = dw = db = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _no_autocast(dy):
             if ctx.needs_input_grad[0]:
                 dx = ops.int8_linear_grad_x(dy, *tensors)
             dy = dy.reshape(-1, dy.shape[-1])
@@ -319,6 +320,10 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 db = dy.sum(0).to(ctx.dtypes[1])
         return dx, dw, db
+
+
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # knows no meta device
 
 
 def _check(

@@ -600,7 +600,13 @@ def _engines(quantization: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _sources(sources: Iterable[str]) -> str:
-    return ", ".join(f"[{urlsplit(source).netloc}]({source})" if "://" in source else source for source in sources)
+    """Links, named by repository or site."""
+    links = []
+    for source in sources:
+        site, path = urlsplit(source).netloc, urlsplit(source).path.split("/")
+        label = "/".join(path[1:3]) + (f"#{path[4]}" if path[3:4] in (["pull"], ["issues"]) else "")
+        links.append(f"[{label if site == 'github.com' else site}]({source})" if site else source)
+    return ", ".join(links)
 
 
 def package_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 
 _MARLIN_GROUPS = (-1, 32, 64, 128)
+_MARLIN_TILES = "in-features in 128s and out-features in 64s"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class Packing:
         size = self.group_size
         return size is not None and size > 0 and any(rows % size for rows, _ in self.shapes)
 
-    def tiles(self, *sizes: tuple[int, int]) -> bool:
-        """Whether no layer is known to have in- and out-features that are not multiples of one of the sizes."""
+    def tiles(self, *sizes: tuple[int, int]) -> bool | None:
+        """Whether in- and out-features of every layer are multiples of one of the sizes; None if that is not known."""
+        if not self.shapes:
+            return None
         return all(any(rows % k == 0 and columns % n == 0 for k, n in sizes) for rows, columns in self.shapes)
 
 
@@ -108,23 +111,23 @@ def _vllm(packing: Packing) -> tuple[bool | None, str, str]:
         return False, "", rule
     if packing.ragged:
         return False, "", "the in-features of a layer are no multiple of the group"
-    if packing.act_order and not packing.tiles((128, 64)):
-        shape = "Marlin takes act-order where in-features are multiples of 128 and out-features of 64"
-        return (None, "", shape) if packing.group_size == -1 else (True, "`--dtype float16`", shape)
-    return True, "", rule
+    fits = packing.tiles((128, 64))
+    if fits or (fits is None and not packing.act_order):
+        return True, "", rule
+    if packing.group_size == -1:
+        return None, "", f"Marlin is for {_MARLIN_TILES}"
+    return True, "`--dtype float16`", f"by its ExLlama kernel, which is for fp16; Marlin is for {_MARLIN_TILES}"
 
 
 def _sglang(packing: Packing) -> tuple[bool | None, str, str]:
     if packing.ragged:
         return False, "", "the in-features of a layer are no multiple of the group"
-    if packing.bits in (4, 8) and packing.symmetric and packing.group_size in _MARLIN_GROUPS:
-        if packing.tiles((128, 64)):
-            return True, "", "4 and 8 bits, symmetric, in groups of 32, 64, 128 or all, by Marlin"
-        unknown = (
-            "by its GPTQ kernel; whether Marlin, which it takes unasked, fits the shape of every layer is not known"
-        )
-        return True, "`--quantization gptq --dtype float16`", unknown
-    return True, "`--dtype float16`", "2, 3, 4 and 8 bits by its GPTQ kernel, which is for fp16"
+    if packing.bits not in (4, 8) or not packing.symmetric or packing.group_size not in _MARLIN_GROUPS:
+        return True, "`--dtype float16`", "2, 3, 4 and 8 bits by its GPTQ kernel, which is for fp16"
+    if packing.tiles((128, 64)):
+        return True, "", "4 and 8 bits, symmetric, in groups of 32, 64, 128 or all, by Marlin"
+    shape = f"by its GPTQ kernel; Marlin, which it takes unasked, is for {_MARLIN_TILES}"
+    return True, "`--quantization gptq --dtype float16`", shape
 
 
 def _llama_cpp(packing: Packing) -> tuple[bool | None, str, str]:
@@ -162,10 +165,11 @@ def _exllamav3(packing: Packing) -> tuple[bool | None, str, str]:
 
 
 _VLLM_DOCS = "https://docs.vllm.ai/en/stable/api/vllm/model_executor/layers/quantization/auto_gptq/"
-_SGLANG_CONFIG, _SGLANG_LAYER = (
-    f"https://github.com/sgl-project/sglang/blob/{commit}/python/sglang/srt/layers/quantization"
-    for commit in ("0cdfa2f8363e82641db14b68545ea9df27b2a7f4", "0848df5893cd8b64731ff857b361c8f28a1998a5")
+_VLLM_KERNELS = (
+    "https://github.com/vllm-project/vllm/blob/055e47c28003156421365af985d676fc921cb075/vllm/model_executor/kernels/"
+    "linear/mixed_precision"
 )
+_SGLANG, _QUANTIZATION = "https://github.com/sgl-project/sglang/blob", "python/sglang/srt/layers/quantization"
 _LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/00bd27a621f92be9a99d24d7c5117a263b9b3c01/conversion/base.py"
 _LMDEPLOY = "https://github.com/InternLM/lmdeploy/blob/02f556b3b12e0ec20c7a561871f1d03d02fc80f0/lmdeploy/turbomind"
 _TGI = "https://github.com/huggingface/text-generation-inference/blob/1629d0bb6d04a916bcbf695474a4fcc8acfbcd1e/server"
@@ -185,13 +189,19 @@ _ENGINES: tuple[tuple[str, _Rule, tuple[str, ...], str], ...] = (  # name, rule,
             "https://github.com/vllm-project/vllm/pull/38288",
             "https://github.com/vllm-project/vllm/pull/34556",
             "https://github.com/vllm-project/vllm/issues/45051",
+            f"{_VLLM_KERNELS}/marlin.py",
+            f"{_VLLM_KERNELS}/exllama.py",
         ),
         "2026-11-22",
     ),
     (
         "SGLang, NVIDIA GPU",
         _sglang,
-        (f"{_SGLANG_CONFIG}/gptq/gptq.py", f"{_SGLANG_LAYER}/gptq/schemes/gptq_linear.py"),
+        (
+            f"{_SGLANG}/0cdfa2f8363e82641db14b68545ea9df27b2a7f4/{_QUANTIZATION}/gptq/gptq.py",
+            f"{_SGLANG}/0848df5893cd8b64731ff857b361c8f28a1998a5/{_QUANTIZATION}/gptq/schemes/gptq_linear.py",
+            f"{_SGLANG}/006d09616c514cf5a0b0a28ed8d94292256601ea/{_QUANTIZATION}/marlin_utils.py",
+        ),
         "2026-11-22",
     ),
     ("llama.cpp, by convert_hf_to_gguf.py", _llama_cpp, (_LLAMA_CPP,), "2026-11-22"),
@@ -214,7 +224,7 @@ def engine_verdicts(packing: Packing) -> list[EngineVerdict]:
     """Whether each engine serves a checkpoint. None is known to for bit widths that GPTQ's format does not have.
 
     Args:
-        packing: of the checkpoint. What it leaves open is taken as fitting: act-order as none, shapes as regular.
+        packing: of the checkpoint. Act-order that is not known is taken as none, groups as even.
     """
     verdicts = []
     for engine, rule, sources, checked in _ENGINES:

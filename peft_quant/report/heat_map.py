@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 
@@ -56,7 +57,7 @@ def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent:
                 block, module = cells[name]
                 grid[block][module] = value
             image = axes.imshow(grid, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
-            axes.set_title(panel.title)
+            axes.set_title(fill(panel.title, 10 + 4 * len(modules)))
             axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylabel("block")

@@ -35,10 +35,12 @@ class MemoryReport:
     Attributes:
         rows: what there is.
         parameters: number of the model's parameters, those tied counted once.
+        apart: bytes of the rows that are not there when most is.
     """
 
     rows: Sequence[MemoryRow]
     parameters: int
+    apart: int = 0
 
     @property
     def states(self) -> int:
@@ -47,8 +49,8 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes of all rows: an estimate of the peak."""
-        return sum(row.bytes for row in self.rows)
+        """Bytes that are there at once: an estimate of the peak."""
+        return sum(row.bytes for row in self.rows) - self.apart
 
     @property
     def share_of_adam(self) -> float:
@@ -59,6 +61,8 @@ class MemoryReport:
         cells = [("", "precision", "values", "MB")]
         cells += [(row.what, row.precision, f"{row.values:,}", f"{row.bytes / 1e6:,.1f}") for row in self.rows]
         cells.append(("states", f"{self.share_of_adam:.1%} of fp32 AdamW", "", f"{self.states / 1e6:,.1f}"))
+        if self.apart:
+            cells.append(("not at the peak", "", "", f"{-self.apart / 1e6:,.1f}"))
         cells.append(("estimated peak", "", "", f"{self.total / 1e6:,.1f}"))
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         return "\n".join(

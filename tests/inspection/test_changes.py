@@ -167,7 +167,7 @@ class TestLiveModels:
         rows = layer_changes(get_peft_model_state_dict(model), config)
         assert [row.name for row in rows] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
         delta = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").get_delta_weight("default")
-        assert rows[1].absolute == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert rows[1].absolute == pytest.approx(float(delta.detach().norm()), rel=1e-5)
 
 
 class TestDamage:

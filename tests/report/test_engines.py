@@ -7,7 +7,7 @@ import pytest
 from peft_quant.report.engines import Packing, engine_verdicts
 
 
-USUAL = Packing(4, 128, True, False)  # what most checkpoints are
+USUAL = Packing(4, 128, True, False, shapes=frozenset({(4096, 4096), (4096, 11008)}))  # what most checkpoints are
 ENGINES = [verdict.engine.split(",")[0].split(" ")[0] for verdict in engine_verdicts(USUAL)]
 
 
@@ -50,8 +50,10 @@ def test_the_usual_checkpoint():
         ({"group_size": 96}, "vLLM", False, ""),
         ({"act_order": True}, "vLLM", True, ""),
         ({"act_order": True, "shapes": frozenset({(576, 192)}), "group_size": 64}, "vLLM", True, "`--dtype float16`"),
+        ({"act_order": True, "shapes": frozenset()}, "vLLM", True, "`--dtype float16`"),
         ({"act_order": True, "shapes": frozenset({(576, 192)}), "group_size": -1}, "vLLM", None, ""),
-        ({"shapes": frozenset({(576, 192)}), "group_size": 64}, "vLLM", True, ""),
+        ({"shapes": frozenset({(576, 192)}), "group_size": 64}, "vLLM", True, "`--dtype float16`"),
+        ({"shapes": frozenset()}, "vLLM", True, ""),
         ({"shapes": frozenset({(192, 128)})}, "vLLM", False, ""),
         ({"shapes": frozenset({(192, 128)})}, "SGLang", False, ""),
         ({"bits": 3}, "SGLang", True, "`--dtype float16`"),
@@ -71,6 +73,8 @@ def test_the_usual_checkpoint():
         ({"symmetric": None}, "LMDeploy", None, ""),
         ({"checkpoint_format": "gptq_v2"}, "LMDeploy", None, ""),
         ({"bits": 3}, "TGI", None, ""),
+        ({"shapes": frozenset()}, "TGI", None, ""),
+        ({"shapes": frozenset()}, "SGLang", True, "`--quantization gptq --dtype float16`"),
         ({"shapes": frozenset({(576, 576)}), "group_size": 64}, "TGI", None, ""),
         ({"bits": 8}, "ExLlamaV2", False, ""),
         ({"checkpoint_format": "gptq_v2"}, "ExLlamaV2", None, ""),

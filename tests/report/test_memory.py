@@ -1,5 +1,7 @@
 """The report of what a run holds in memory, from plain rows."""
 
+from dataclasses import replace
+
 from peft_quant.report.memory import MemoryReport, MemoryRow
 
 
@@ -26,3 +28,11 @@ def test_table():
     assert lines[1].split() == ["weights", "int8,", "fp32", "scales", "1,000,000", "1.0"]
     assert "12.5% of fp32 AdamW" in lines[4]
     assert lines[5].endswith("4.0")
+
+
+def test_rows_that_come_and_go():
+    report = replace(REPORT, apart=500_000)
+    assert report.states == REPORT.states
+    assert report.total == REPORT.total - 500_000
+    assert str(report).splitlines()[5].split() == ["not", "at", "the", "peak", "-0.5"]
+    assert str(report).splitlines()[6].endswith("3.5")

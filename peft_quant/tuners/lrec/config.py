@@ -68,6 +68,9 @@ class LRECConfig(LoraConfig):
         init_lrec_weights (`str`):
             What the branch starts as: `"zero"`, which leaves the model as it is. `"svd"` and `"whitened"` are written
             by [`initialize_lrec_weights`], which needs the float weights, and name the start of a saved adapter.
+        save_as_lora (`bool`):
+            Save the adapter as a LoRA adapter, as [`export_lora`] writes them: PEFT loads it without peft_quant, and
+            does not check that its base is the one it was trained on.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
         peft_quant_version (`str`, *optional*):
@@ -89,6 +92,9 @@ class LRECConfig(LoraConfig):
             "help": "What the branch starts as: 'zero' leaves the model as it is; 'svd' and 'whitened' are written by "
             "`initialize_lrec_weights`."
         },
+    )
+    save_as_lora: bool = field(
+        default=False, metadata={"help": "Save the adapter as a LoRA adapter, which loads without peft_quant."}
     )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
@@ -119,6 +125,17 @@ class LRECConfig(LoraConfig):
             raise ValueError(f"lora_dropout={self.lora_dropout}: use a probability of at least 0 and below 1.")
         if self.init_lrec_weights not in ("zero", *FLOAT_STARTS):
             raise ValueError(f"init_lrec_weights={self.init_lrec_weights!r}: use 'zero', 'svd' or 'whitened'.")
+
+    def to_lora(self) -> LoraConfig:
+        """The same as a configuration of LoRA, which does not record the base's format and fingerprint."""
+        return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As of any PEFT config; of LoRA's with `save_as_lora`."""
+        if self.save_as_lora:
+            self.to_lora().save_pretrained(save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, **kwargs)
 
     def _refuse_other_lora_options(self) -> None:
         common = {option.name for option in fields(PeftConfig)}

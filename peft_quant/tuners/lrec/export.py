@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
@@ -25,6 +24,8 @@ def export_lora(
     token: str | bool | None = None,
 ) -> Path:
     """Write an LREC adapter as a LoRA adapter, for PEFT without peft_quant and for engines that load LoRA.
+
+    `LRECConfig(save_as_lora=True)` saves adapters so in the first place.
 
     The tensors are the same; the configuration becomes a `LoraConfig`, which no longer records the base model's
     fingerprint; the model card does. `out` appears once it is complete.
@@ -52,9 +53,8 @@ def export_lora(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
         )
     weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
-    options = {option.name: getattr(config, option.name) for option in fields(LoraConfig)}
     with new_directory(out) as directory:
-        LoraConfig(**options).save_pretrained(os.fspath(directory))
+        config.to_lora().save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
     return Path(out)

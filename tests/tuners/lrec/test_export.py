@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from gptq_models import load
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 from peft_quant import LRECConfig, PEQAConfig, export_lora, prepare_gptq_for_training
 
@@ -94,6 +95,35 @@ def test_the_files_are_those_of_lora(checkpoint, tmp_path):
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert type(config) is LoraConfig
     assert {name: getattr(config, name) for name in PATTERNS} == PATTERNS
+
+
+def test_saved_as_lora(checkpoint, tmp_path):
+    tuned(checkpoint, **PATTERNS).save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "exported")
+    model = tuned(checkpoint, **PATTERNS, save_as_lora=True)
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "import peft_quant" not in card
+    assert model.peft_config["default"].base_quantization["fingerprint"] in card
+    # a model that has been saved so is still LREC's
+    assert model.peft_config["default"].peft_type == PeftType.LREC
+
+
+def test_training_resumes_from_what_was_saved_as_lora(checkpoint, tmp_path):
+    def train(steps, resume=None):
+        model = tuned(checkpoint, save_as_lora=True).train()
+        arguments = TrainingArguments(
+            tmp_path / "out", max_steps=steps, save_steps=2, report_to="none", lr_scheduler_type="constant"
+        )
+        rows = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(8)]
+        Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return model
+
+    through = get_peft_model_state_dict(train(4))
+    resumed = get_peft_model_state_dict(train(4, str(tmp_path / "out" / "checkpoint-2")))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in through.items())
 
 
 def test_any_adapter_of_a_model(checkpoint, tmp_path):

@@ -1,0 +1,99 @@
+"""`peft-quant estimate`."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from .console import prepare, say, table
+from .options import Config
+
+
+class Method(str, Enum):
+    """What trains, and on what."""
+
+    peqa = "peqa"
+    lrec = "lrec"
+    qft_stack = "qft-stack"
+    qft_fused = "qft-fused"
+    lora = "lora"
+    qlora = "qlora"
+
+
+class Optimizer(str, Enum):
+    """Of adapters; QFT has its own."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
+def _read_bytes(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"\d*\.?\d+ ?GB", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r}: write the memory of the GPU as 24GB.")
+    return text
+
+
+def estimate(
+    model: Annotated[
+        str, typer.Argument(help="Directory, config.json or Hub id, of which nothing but the config is read.")
+    ],
+    method: Annotated[
+        list[Method],
+        typer.Option(help="PEQA, LREC, QFT with gradients stacked or fused, LoRA on bf16 weights, QLoRA."),
+    ] = list(Method),  # noqa: B006
+    bits: Annotated[
+        int | None, typer.Option(help="Of GPTQ weights: 2, 3, 4 or 8. By default those of a GPTQ config, or 4.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Of GPTQ weights, -1 for one group. By default that of a GPTQ config, or 128.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of lrec, lora and qlora.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Sequences in a forward pass.")] = 1,
+    sequence: Annotated[
+        int, typer.Option("--sequence", "--sequence-length", min=1, help="Tokens of a sequence.")
+    ] = 2048,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward.")
+    ] = True,
+    optimizer: Annotated[Optimizer, typer.Option(help="Of adapters; QFT has its own.")] = Optimizer.adamw,
+    card: Annotated[
+        str | None,
+        typer.Option(callback=_read_bytes, help="Memory of a GPU, as 24GB: also tell the largest batch that fits."),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Will it fit? What a training step holds in memory, before anything is downloaded.
+
+    GB are 1e9 bytes, and the peak is that of tensors: the CUDA context, cuBLAS's workspace and what PyTorch keeps but
+    does not use come on top. A batch that fits a card of 24GB leaves the rest of its 24 GiB to them.
+    """
+    prepare()
+    from ..estimate import KINDS, Estimate, read_config
+
+    model_config = read_config(model)
+    columns: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(chosen.value for chosen in method):
+        counted = Estimate(
+            model_config,
+            name,
+            bits=bits,
+            group_size=group_size,
+            rank=rank,
+            sequence=sequence,
+            checkpointing=checkpointing,
+            optimizer=optimizer.value,
+        )
+        report = counted.report(batch)
+        sizes = {row.what: row.bytes for row in report.rows}
+        sizes |= {"not at the peak": -report.apart, "peak": report.total}
+        columns[f"{name}, {counted.bits} bits"] = column = {
+            what: f"{size / 1e9:.2f}" for what, size in sizes.items() if size
+        }
+        if card is not None:
+            column["largest batch"] = str(counted.largest_batch(int(float(card.upper().removesuffix("GB")) * 1e9)))
+    kinds = [*KINDS, "not at the peak", "peak", "largest batch"]
+    rows = [[kind, *(column.get(kind, "") for column in columns.values())] for kind in kinds]
+    say(table([f"GB, {batch} x {sequence} tokens", *columns], [row for row in rows if any(row[1:])]))

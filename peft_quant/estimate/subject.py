@@ -1,0 +1,223 @@
+"""What is counted: a model under a method, on the meta device, and one training step of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import blocks_of
+from ..qft import Int8Weight, QFTConfig, QuantizedLion
+from ..qft.policy import int8_modules
+from ..tuners.lrec import LRECConfig
+from ..tuners.packed import AdaptedLinear
+from ..tuners.peqa import PEQAConfig
+from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors, Shapes
+from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight
+
+
+METHODS = ("peqa", "lrec", "qft-stack", "qft-fused", "lora", "qlora")
+OPTIMIZERS = ("adamw", "adamw8bit")
+AFTER_BACKWARD = "after backward"
+_SMALLEST_IN_8_BITS = 4096
+
+
+class Subject:
+    """A model under a method.
+
+    Args:
+        config: of the model, a causal language model of text.
+        method: one of `METHODS`.
+        edge: how many of the first and of the last decoder blocks are told apart from those between them.
+        bits: of a packed weight, for PEQA and LREC.
+        group_size: of packed weights, likewise.
+        rank: of LREC, LoRA and QLoRA.
+        checkpointing: whether every block is computed again in backward.
+        optimizer: one of `OPTIMIZERS`; QFT has its own.
+
+    Attributes:
+        parameters: number of the model's own.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        method: str,
+        edge: int,
+        *,
+        bits: int,
+        group_size: int,
+        rank: int,
+        checkpointing: bool,
+        optimizer: str,
+    ) -> None:
+        self._edge, self._vocabulary = edge, config.vocab_size
+        self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights without values
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            self.parameters = sum(p.numel() for p in model.parameters())
+            blocks: list[nn.Module] = [
+                module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+            ]
+            _check(model, blocks, config.num_hidden_layers)
+            if checkpointing:
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                options["context_fn"] = lambda: (nullcontext(), self._gpu)
+                model.gradient_checkpointing_enable(options)
+            layers = _linear_layers(model, blocks)
+            self._weights = {id(layer.weight) for layer in layers.values()}
+            self._model = _adapt(model, layers, method, bits, group_size, rank).train()
+        self._shapes = Shapes()
+        self._live: LiveTensors | None = None
+        self._watch(blocks)
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._lion = None
+        if method.startswith("qft"):
+            self._lion = QuantizedLion(trained, fused=method == "qft-fused")
+            self._states = [t for p in trained for t in self._lion._state(p).values()]
+        else:
+            self._states = [state for p in trained for state in _adam_states(p, optimizer)]
+
+    def train(self, batch: int, sequence: int) -> dict[Hashable, Amounts]:
+        """Count a training step after the first one: forward, backward and optimizer.
+
+        Returns:
+            The amounts at the peak of each stretch of the step, and what there is between backward and optimizer.
+        """
+        self._live = live = LiveTensors(batch * sequence, self._vocabulary, self._shapes)
+        self._hold(live)
+        tokens = torch.empty(batch, sequence, dtype=torch.long, device="meta")
+        with live:
+            with self._gpu.forward():
+                loss = self._model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            live.mark(["forward"])
+            torch.autograd.backward(loss)
+            del loss
+            live.mark(["backward"])
+            live.peaks[AFTER_BACKWARD] = live.amounts()
+            if self._lion is not None:
+                if not self._lion.fused:
+                    self._lion.clip_grad_norm_(1.0)
+                self._lion.step()
+            (self._lion or self._model).zero_grad()
+            live.mark(["step"])
+        self._live = None
+        return live.peaks
+
+    def _hold(self, live: LiveTensors) -> None:
+        for parameter in self._model.parameters():
+            if isinstance(parameter, Int8Weight):
+                for part, tensor in parameter.parts.items():
+                    live.hold(tensor, WEIGHTS if part == "codes" else SCALES)
+            elif id(parameter) in self._weights:
+                live.hold(parameter, WEIGHTS)
+            else:
+                live.hold(parameter, ADAPTER if parameter.requires_grad and self._lion is None else REST)
+        for module in self._model.modules():
+            quantized = isinstance(module, (PackedLinear, NF4Linear))
+            for name, buffer in module.named_buffers(recurse=False):
+                if isinstance(module, (PackedLinear, NF4Linear)) and name == "qweight":
+                    live.hold(buffer, WEIGHTS, module.in_features * module.out_features)
+                else:
+                    live.hold(buffer, SCALES if quantized and name != "bias" else REST)
+        for state in self._states:
+            live.hold(state, OPTIMIZER)
+
+    def _watch(self, blocks: list[nn.Module]) -> None:
+        """Have the blocks and the gradients end the stretches of time."""
+        places = {id(p): (name, i) for i, block in enumerate(blocks) for name, p in block.named_parameters()}
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(self._ends([("block", *place) for place in self._places(i, len(blocks))]))
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            events: list[Hashable] = [name]
+            if id(parameter) in places:
+                name, i = places[id(parameter)]
+                events = [(name, *place) for place in self._places(i, len(blocks))]
+            parameter.register_post_accumulate_grad_hook(self._ends(events))
+        if self._gpu.autocast:
+            for module in self._model.modules():
+                if isinstance(module, AdaptedLinear):  # which asks autocast of a device that has none
+                    module.register_forward_pre_hook(lambda _, inputs: tuple(map(self._gpu.cast, inputs)))
+
+    def _places(self, i: int, blocks: int) -> list[tuple[str, int]]:
+        """A block's, from the beginning and from the end, if it is near."""
+        places = (("first", i), ("last", blocks - 1 - i))
+        return [place for place in places if place[1] < self._edge]
+
+    def _ends(self, events: list[Hashable]) -> Callable[..., None]:
+        def end(subject: Any, *_: Any) -> None:
+            if self._live is not None:
+                gradient = getattr(subject, "grad", None)
+                if isinstance(gradient, torch.Tensor):
+                    self._live.hold(gradient, GRADIENTS)
+                self._live.mark(events)
+
+        return end
+
+
+def _check(model: nn.Module, blocks: list[nn.Module], expected: int) -> None:
+    kind = type(model).__name__
+    if len(blocks) != expected:
+        raise ValueError(
+            f"{kind} has {len(blocks)} decoder blocks where its config says {expected}: it cannot be estimated."
+        )
+    for name, parameter in blocks[0].named_parameters():
+        if parameter.ndim > 2:
+            raise ValueError(
+                f"{kind} holds {name} as one tensor of {parameter.ndim} dimensions: experts, which GPTQ holds "
+                "otherwise. Only models with linear layers can be estimated."
+            )
+
+
+def _linear_layers(model: nn.Module, blocks: list[nn.Module]) -> dict[str, Any]:
+    inside = {id(module) for block in blocks for module in block.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside
+    }
+
+
+def _adapt(model: Any, layers: dict[str, Any], method: str, bits: int, group_size: int, rank: int) -> nn.Module:
+    if method.startswith("qft"):
+        config = QFTConfig()
+        for layer in int8_modules(model, config).values():
+            layer.weight = int8_weight(layer, config.outlier_ratio)
+        return model.requires_grad_(True)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(layers))
+    lora._register_custom_module({NF4Linear: QLoraLinear})
+    configs = {
+        "peqa": PEQAConfig(task_type="CAUSAL_LM"),
+        "lrec": LRECConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank),
+        "lora": lora,
+        "qlora": lora,
+    }
+    if method != "lora":
+        for name, layer in layers.items():
+            quantized = NF4Linear(layer) if method == "qlora" else PackedLinear(layer, name, bits, group_size)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized)
+    return get_peft_model(model, configs[method])
+
+
+def _adam_states(parameter: torch.Tensor, optimizer: str) -> list[torch.Tensor]:
+    """PyTorch's fused AdamW, or bitsandbytes' in 8 bits, which leaves small tensors in fp32."""
+    count = parameter.numel()
+    with torch.device("meta"):
+        if optimizer == "adamw":
+            return [torch.empty(count), torch.empty(count), torch.empty(())]
+        if count < _SMALLEST_IN_8_BITS:
+            return [torch.empty(count), torch.empty(count)]
+        codes = [torch.empty(count, dtype=torch.uint8) for _ in range(2)]
+        return [*codes, *(torch.empty(blocks_of(count)) for _ in range(2))]
