@@ -10,6 +10,8 @@ ENTRIES = dict(
     (entry.rpartition(".")[2], entry)
     for entry in re.findall(r"^::: (\S+)$", Path(__file__).with_name("reference.md").read_text(), re.MULTILINE)
 )
+TYPES = re.compile(r"^ +\w+ \(.*`.*\):", re.MULTILINE)
+"""Parameters with their types in PEFT's style, which is Markdown where mkdocstrings wants Python."""
 
 
 class DocstringLinks(griffe.Extension):
@@ -17,7 +19,8 @@ class DocstringLinks(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"\[`~?([\w.]+)`\](?!\()", _link, obj.docstring.value)
+            text = re.sub(r"\[`~?([\w.]+)`\](?!\()", _link, obj.docstring.value)
+            obj.docstring.value = TYPES.sub(lambda match: re.sub("[`*]", "", match[0]), text)
 
 
 def _link(match: re.Match[str]) -> str:
