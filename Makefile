@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MATRIX = tests/matrix tests/tuners tests/gptq tests/qft tests/integration tests/test_registry.py
 
-.PHONY: bench demo test test-conformance test-ecosystem test-matrix lint format clean
+.PHONY: bench demo docs test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
@@ -11,6 +11,10 @@ demo: $(VENV)/.ready
 # needs a GPU; the peers that are installed are measured too
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/bench.py
+
+# warnings are errors; the pages are in build/site, and open from disk
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -71,4 +75,4 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-conformance .venv-ecosystem .venv-oldest .cache
+	rm -rf $(VENV) .venv-conformance .venv-ecosystem .venv-oldest .cache build dist

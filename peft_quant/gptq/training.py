@@ -54,7 +54,14 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
 
 
 def restore_gptq_forward(model: nn.Module) -> nn.Module:
-    """Undo [`prepare_gptq_for_training`]: the layers use their kernel's forward again."""
+    """Undo [`prepare_gptq_for_training`]: the layers use their kernel's forward again.
+
+    Args:
+        model: the model, which may have no such layers.
+
+    Returns:
+        The model.
+    """
     for module in model.modules():
         if _is_prepared(module):
             del module._lean_format

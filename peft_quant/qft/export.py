@@ -66,6 +66,7 @@ def export_qft(
     Args:
         model: the model, which stays as it is.
         directory: to write, which must not exist; it appears once it is complete.
+        format: see above.
         inputs: of one forward pass, to measure what the format changes; it takes the decoded model in memory beside
             the model.
         tokenizer: to save with it.
