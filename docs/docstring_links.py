@@ -6,10 +6,10 @@ from pathlib import Path
 import griffe
 
 
-ENTRIES = dict(
-    (entry.rpartition(".")[2], entry)
+ENTRIES = {
+    entry.rpartition(".")[2]: entry
     for entry in re.findall(r"^::: (\S+)$", Path(__file__).with_name("reference.md").read_text(), re.MULTILINE)
-)
+}
 TYPES = re.compile(r"^ +\w+ \(.*`.*\):", re.MULTILINE)
 """Parameters with their types in PEFT's style, which is Markdown where mkdocstrings wants Python."""
 
