@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 import typer
@@ -34,11 +36,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # which is how it is meant
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+    with redirect_stdout(sys.stderr), suppress(ImportError):
         from logbar import LogBar  # which gptqmodel brings
-    except ImportError:
-        pass
-    else:
+
         LogBar.shared().setLevel("ERROR")
 
 

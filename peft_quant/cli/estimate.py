@@ -30,10 +30,11 @@ class Optimizer(str, Enum):
     adamw8bit = "adamw8bit"
 
 
-def _read_bytes(text: str | None) -> str | None:
-    if text is not None and not re.fullmatch(r"\d*\.?\d+ ?GB", text, re.IGNORECASE):
+def _read_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text, re.IGNORECASE)
+    if not found:
         raise typer.BadParameter(f"{text!r}: write the memory of the GPU as 24GB.")
-    return text
+    return int(float(found[1]) * 1e9)
 
 
 def estimate(
@@ -59,9 +60,14 @@ def estimate(
         bool, typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward.")
     ] = True,
     optimizer: Annotated[Optimizer, typer.Option(help="Of adapters; QFT has its own.")] = Optimizer.adamw,
-    card: Annotated[
-        str | None,
-        typer.Option(callback=_read_bytes, help="Memory of a GPU, as 24GB: also tell the largest batch that fits."),
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--card",
+            metavar="GB",
+            parser=_read_bytes,
+            help="Memory of a GPU, as 24GB: also tell the largest batch that fits.",
+        ),
     ] = None,
     config: Config = None,
 ) -> None:
@@ -89,11 +95,10 @@ def estimate(
         report = counted.report(batch)
         sizes = {row.what: row.bytes for row in report.rows}
         sizes |= {"not at the peak": -report.apart, "peak": report.total}
-        columns[f"{name}, {counted.bits} bits"] = column = {
-            what: f"{size / 1e9:.2f}" for what, size in sizes.items() if size
-        }
-        if card is not None:
-            column["largest batch"] = str(counted.largest_batch(int(float(card.upper().removesuffix("GB")) * 1e9)))
+        column = {what: f"{size / 1e9:.2f}" for what, size in sizes.items() if size}
+        if memory is not None:
+            column["largest batch"] = str(counted.largest_batch(memory))
+        columns[f"{name}, {counted.bits} bits"] = column
     kinds = [*KINDS, "not at the peak", "peak", "largest batch"]
     rows = [[kind, *(column.get(kind, "") for column in columns.values())] for kind in kinds]
     say(table([f"GB, {batch} x {sequence} tokens", *columns], [row for row in rows if any(row[1:])]))

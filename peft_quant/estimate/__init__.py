@@ -54,7 +54,8 @@ def estimate_memory(
     are not all run: what further ones add is known from two depths.
 
     The total is the peak of what tensors hold, `torch.cuda.max_memory_allocated()`. The CUDA context, workspaces of
-    cuBLAS and what the allocator keeps but does not use come on top.
+    cuBLAS and what the allocator keeps but does not use come on top. `benchmarks/estimate.py` compares it with peaks
+    that were measured.
 
     Args:
         config: a config, its `config.json`, a directory with one, or the Hub id of a model.

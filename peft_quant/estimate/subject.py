@@ -63,7 +63,7 @@ class Subject:
         self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights without values
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = _float_model(config)
             self.parameters = sum(p.numel() for p in model.parameters())
             blocks: list[nn.Module] = [
                 module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
@@ -164,6 +164,17 @@ class Subject:
                 self._live.mark(events)
 
         return end
+
+
+def _float_model(config: PretrainedConfig) -> Any:
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # which goes on to name all that there are
+            raise
+        raise ValueError(
+            f"transformers has no causal language model for a {type(config).__name__}; only these can be estimated."
+        ) from error
 
 
 def _check(model: nn.Module, blocks: list[nn.Module], expected: int) -> None:

@@ -257,7 +257,7 @@ def test_the_config_stays_as_it_is(checkpoint):
         (tiny_config(), {"sequence": 0}, "sequence=0: use a positive number"),
         (tiny_config(intermediate_size=100), {}, "100 out-features: GPTQ packs multiples of 32"),
         (deep(MixtralConfig, 2), {}, "MixtralForCausalLM holds .* as one tensor of 3 dimensions"),
-        (T5Config(), {}, "T5"),
+        (T5Config(), {}, "no causal language model for a T5Config"),
     ),
 )
 def test_refuses(config, options, message):

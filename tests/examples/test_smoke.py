@@ -22,11 +22,13 @@ PRINTED = {
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def environment():
     """What the examples set in their process, they set for a test alone."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    verbosity = logging.get_verbosity()
+    before, verbosity = dict(os.environ), logging.get_verbosity()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as they do when they are imported, which is once
     yield
+    os.environ.clear()
+    os.environ.update(before)
     logging.set_verbosity(verbosity)
 
 
