@@ -1,4 +1,4 @@
-"""The cells of the README's table, one after another, then the table and the plot.
+"""The cells of the documentation's table, one after another, then the table and the plot.
 
     python benchmarks/bench.py --only "--peer (ours|peft)" --deadline 500
     python benchmarks/bench.py --deadline 0      # names the cells

@@ -1,4 +1,4 @@
-"""`peft-quant estimate` against peaks that were measured: the README's table, from `results/train_step.csv`.
+"""`peft-quant estimate` against peaks that were measured: the documentation's table, from `results/train_step.csv`.
 
     python benchmarks/estimate.py
     python benchmarks/estimate.py --shape 1b

@@ -1,4 +1,4 @@
-"""The README's pictures, from the tables in `results`.
+"""The documentation's pictures, from the tables in `results`.
 
     python benchmarks/plot.py [DIRECTORY]
 

@@ -1,4 +1,4 @@
-"""The README's table of training steps, from `results/train_step.csv`: the fastest run of each cell.
+"""The documentation's table of training steps, from `results/train_step.csv`: the fastest run of each cell.
 
 python benchmarks/table.py [DIRECTORY]
 """

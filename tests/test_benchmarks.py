@@ -1,4 +1,4 @@
-"""The benchmarks run, at a tiny shape, and record what the README's table is printed from."""
+"""The benchmarks run, at a tiny shape, and record what the documentation's table is printed from."""
 
 import csv
 import json

@@ -14,7 +14,12 @@ import peft_quant
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(ROOT.glob("examples/*/*.md")),
+]
 ENTRIES = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -60,10 +65,11 @@ class TestLinks:
             if anchor:
                 assert anchor in anchors(file.read_text(encoding="utf-8")), link
 
-    def test_files_that_are_named_exist(self):
-        for page in PAGES[:1] + PAGES[2:]:
-            for name in re.findall(r"`((?:benchmarks|examples|hub_cards|tests)/[\w./]+)`", page.read_text("utf-8")):
-                assert (ROOT / name).exists(), f"{page.name} names {name}"
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    def test_files_that_are_named_exist(self, page):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"\b((?:benchmarks|examples|hub_cards|tests|docs)/[\w/]+\.\w+)", text):
+            assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize(("script", "page"), (("table.py", "performance.md"), ("quality.py", "quality.md")))

@@ -1,4 +1,4 @@
-"""Counts what worked, for the README's table of what is supported."""
+"""Counts what worked, for the table of what is supported."""
 
 import json
 from collections import Counter, defaultdict
