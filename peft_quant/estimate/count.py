@@ -186,7 +186,7 @@ class LiveTensors(TorchDispatchMode):
         if func in _AS_ON_A_GPU:
             with self:
                 return _AS_ON_A_GPU[func](*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
             return _value(args[0])
         result = self._shapes.run(func, args, kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
