@@ -69,24 +69,25 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-class _Meta(NamedTuple):
+class _Look(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
 
 def _signature(value: Any) -> Any:
     """What decides about the shapes of results; types too, for `1 == 1.0 == True`."""
     if isinstance(value, torch.Tensor):
-        return _Meta(value.shape, value.stride(), value.dtype)
+        return _Look(value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_signature, value))
     return value if value is None else (type(value), value)
 
 
 def _like(signature: Any) -> Any:
-    if isinstance(signature, _Meta):
-        return torch.empty_strided(signature.shape, signature.stride, dtype=signature.dtype, device="meta")
+    if isinstance(signature, _Look):
+        return torch.empty_strided(signature.shape, signature.stride, dtype=signature.dtype, device=signature.device)
     if isinstance(signature, tuple) and not isinstance(signature[0], type):
         return tuple(map(_like, signature))
     return signature if signature is None else signature[1]
@@ -186,7 +187,7 @@ class LiveTensors(TorchDispatchMode):
         if func in _AS_ON_A_GPU:
             with self:
                 return _AS_ON_A_GPU[func](*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
             return _value(args[0])
         result = self._shapes.run(func, args, kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
