@@ -70,7 +70,8 @@ class PackedLoraLinear(torch.autograd.Function):
             hidden if ctx.needs_input_grad[_LORA_B] else None,
             a, b, qweight, qzeros, scales, g_idx,
         )  # fmt: skip
-        return y.view(*ctx.leading, y.shape[-1])
+        # a view that is the output of a Function may not be written to, as some models do
+        return torch.ops.aten._unsafe_view(y, (*ctx.leading, y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

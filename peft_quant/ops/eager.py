@@ -87,7 +87,7 @@ def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
     y = bags.product(tokens, *packed) if 0 < len(tokens) <= bags.MAX_TOKENS else None
     if y is None:
         y = _linear_in_blocks(tokens, *packed)
-    return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
 
 
 def _linear_in_blocks(

@@ -311,7 +311,7 @@ def _linear_for_few_tokens(
         SPLITS=splits,
         num_warps=2,
     )
-    return sums.sum(0).to(x.dtype).view(*x.shape[:-1], columns)
+    return torch.ops.aten._unsafe_view(sums.sum(0).to(x.dtype), (*x.shape[:-1], columns))
 
 
 def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:

@@ -147,6 +147,23 @@ def test_leading_dimensions_are_tokens():
     torch.testing.assert_close(y, x @ packed.weight)
 
 
+@pytest.mark.parametrize("tokens", (2, 20))
+def test_what_follows_may_write_to_the_output(tokens):
+    _, tensors, layout = arguments(4)
+    a = torch.randn(4, tensors[0].shape[0] * 8, requires_grad=True)
+    b = torch.randn(tensors[0].shape[1], 4, requires_grad=True)
+    x = torch.randn(1, tokens, a.shape[1], requires_grad=True)
+    for product in (
+        lambda: ops.linear(x, *tensors, *layout, 1),
+        lambda: ops.lora_linear(x, a, b, 0.5, *tensors, *layout, 1),
+    ):
+        written = product()
+        written += x.sum()
+        (grad,) = torch.autograd.grad(written.sum(), x)
+        (expected,) = torch.autograd.grad((product() + x.sum()).sum(), x)
+        assert torch.equal(grad, expected)
+
+
 def test_gradients_agree_with_finite_differences():
     _, (qweight, qzeros, scales), layout_arguments = arguments(4, rows=64, columns=32)
     x = torch.randn(3, 64)
