@@ -46,15 +46,23 @@ def export_lora(
     if isinstance(adapter, PeftModel):
         with TemporaryDirectory() as saved:
             adapter.save_pretrained(saved, selected_adapters=[adapter_name])
-            return export_lora(saved if adapter_name == "default" else Path(saved, adapter_name), out)
-    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+            directory = saved if adapter_name == "default" else Path(saved, adapter_name)
+            return _export(directory, adapter.peft_config[adapter_name], out, token)
+    return _export(adapter, PeftConfig.from_pretrained(os.fspath(adapter), token=token), out, token)
+
+
+def _export(
+    adapter: str | os.PathLike[str], config: PeftConfig, out: str | os.PathLike[str], token: str | bool | None
+) -> Path:
     if not isinstance(config, LRECConfig):
         raise ValueError(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
         )
+    saved = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    lora = saved.to_lora() if isinstance(saved, LRECConfig) else saved  # of a model with `save_as_lora`
     weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
     with new_directory(out) as directory:
-        config.to_lora().save_pretrained(os.fspath(directory))
+        lora.save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
     return Path(out)

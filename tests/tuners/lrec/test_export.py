@@ -109,6 +109,9 @@ def test_saved_as_lora(checkpoint, tmp_path):
     assert model.peft_config["default"].base_quantization["fingerprint"] in card
     # a model that has been saved so is still LREC's
     assert model.peft_config["default"].peft_type == PeftType.LREC
+    export_lora(model, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()
 
 
 def test_training_resumes_from_what_was_saved_as_lora(checkpoint, tmp_path):
