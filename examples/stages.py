@@ -28,7 +28,6 @@ for noisy in ("torchao", "torch.utils._pytree", "optimum"):
 
 import torch  # noqa: E402
 from logbar import LogBar  # noqa: E402
-from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 
@@ -90,20 +89,6 @@ class Stages:
             temporary.write_text(json.dumps(self.results, indent=2))
             temporary.replace(self.file)
         return self.results[name]["value"]
-
-
-def load(model: str | Path, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A GPTQ model, ready to be trained: the kernel keeps its tensors as they are in the checkpoint.
-
-    Args:
-        device: the first GPU by default, or else the CPU.
-    """
-    kernel = GPTQConfig(bits=4, backend="gptq_torch")  # only `backend` counts, the rest comes from the checkpoint
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # in the dtype of the float model's evaluation: rounding scales to bfloat16 would count as quantization error
-    return AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=kernel, dtype=torch.float32, device_map=device
-    )
 
 
 def versions() -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from measure import windows
 from peft import get_peft_model
-from stages import digest, load
+from stages import digest
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 @dataclass
@@ -42,7 +43,7 @@ def tune(settings: Settings, directory: Path, validation_text: str | None = None
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     set_seed(settings.seed)
     config = peft_quant.PEQAConfig(task_type="CAUSAL_LM", target_modules=settings.target_modules)
-    model = get_peft_model(load(settings.model), config)
+    model = get_peft_model(load_model(settings.model), config)
     model.print_trainable_parameters()
 
     def dataset(text: str, number: int) -> list[dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -161,9 +162,9 @@ class ReportCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self._memory.get("optimizer state", _row("", [])).bytes:
-            self._memory["optimizer state"] = _row(
-                "optimizer state", _tensors(getattr(kwargs["optimizer"], "state", {}))
-            )
+            state_of_optimizer = tree_leaves(getattr(kwargs["optimizer"], "state", {}))
+            tensors = [leaf for leaf in state_of_optimizer if isinstance(leaf, torch.Tensor)]
+            self._memory["optimizer state"] = _row("optimizer state", tensors)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -418,17 +419,6 @@ def _precisions(tensors: Sequence[torch.Tensor]) -> list[str]:
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.bytes_held if isinstance(tensor, Int8Weight) else tensor.numel() * tensor.element_size()
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    """All tensors in a nest of containers."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, Mapping):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return []
-    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _peak() -> tuple[str, int] | None:

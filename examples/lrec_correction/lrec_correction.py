@@ -25,7 +25,7 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, load, parse, versions  # noqa: I001
+from stages import Stages, parse, versions  # noqa: I001
 
 import demo_assets
 import smoke_model
@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
 
 import peft_quant
+from peft_quant.loading import load_model
 from peft_quant.gptq.quantize import quantize_checkpoint
 
 
@@ -109,7 +110,7 @@ class Run:
 
     def evaluate(self, title: str, directory: Path | None = None) -> None:
         def perplexities() -> dict[str, float]:
-            model = load(self.base)
+            model = load_model(self.base)
             return evaluate(model if directory is None else PeftModel.from_pretrained(model, directory), self.held_out)
 
         self.rows[title] = self.stages.run(f"evaluate {title}", perplexities)
@@ -119,7 +120,7 @@ class Run:
         directory = self.work / f"{self.base.name}-r{self.arguments.rank}-{start}"
 
         def make() -> None:
-            model = get_peft_model(load(self.base), self.config())
+            model = get_peft_model(load_model(self.base), self.config())
             batches = self.calibration().split(16)
             if start == "eora":
                 start_as_eora(model, self.float_model, batches)
@@ -183,7 +184,7 @@ class Run:
 
         def train() -> None:
             set_seed(self.arguments.seed)
-            model: Any = load(self.base)
+            model: Any = load_model(self.base)
             if start is None:
                 model = get_peft_model(model, self.config())
             else:
@@ -225,7 +226,7 @@ class Run:
 
         def train() -> dict[str, float]:
             set_seed(self.arguments.seed)
-            model: Any = load(self.base)
+            model: Any = load_model(self.base)
             if corrected is None:
                 model = get_peft_model(model, self.config())
             else:

@@ -35,7 +35,7 @@ from urllib.request import Request, urlopen
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, load, parse, versions  # noqa: I001
+from stages import Stages, digest, parse, versions  # noqa: I001
 
 import demo_assets
 import numpy as np
@@ -49,6 +49,7 @@ from transformers.utils.import_utils import is_serve_available
 from tuning import Settings, tune
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 HEALTHY_WITHIN = 120  # seconds
@@ -173,12 +174,12 @@ def main() -> None:
     logits = {"adapter": merged.with_suffix(".adapter.pt"), "served": merged.with_suffix(".pt")}
 
     def evaluate_adapter() -> dict[str, float]:
-        model = PeftModel.from_pretrained(load(base), adapter)
+        model = PeftModel.from_pretrained(load_model(base), adapter)
         torch.save(probe_logits(model, held_out), logits["adapter"])
         return evaluate(model, {"tuned": held_out})
 
     def same_arithmetic() -> float:
-        model = get_peft_model(load(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
+        model = get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
         return (probe_logits(model, held_out) - torch.load(logits["adapter"])).abs().max().item()
 
     def ask() -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import load, parse, versions  # noqa: I001
+from stages import parse, versions  # noqa: I001
 
 import demo_assets
 import smoke_model
@@ -48,6 +48,7 @@ from transformers import (
 )
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 METHODS = {"peqa": peft_quant.PEQAConfig, "lrec": peft_quant.LRECConfig}
@@ -116,7 +117,7 @@ def main() -> None:
         made = [str(arguments.model or assets.gptq_model()), assets.king_james()[0]]
     base, text = broadcast_object_list(made)
     set_seed(arguments.seed)
-    model = load(base, state.device)
+    model = load_model(base, device=state.device)
     model = get_peft_model(model, METHODS[arguments.method](task_type="CAUSAL_LM"))
     number = arguments.steps * arguments.batch_size * state.num_processes
     batch = windows(AutoTokenizer.from_pretrained(base), text, arguments.sequence_length, number)

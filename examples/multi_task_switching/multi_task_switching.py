@@ -30,7 +30,7 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, load, parse, versions  # noqa: I001
+from stages import Stages, digest, parse, versions  # noqa: I001
 
 import demo_assets
 import smoke_model
@@ -41,6 +41,7 @@ from transformers import AutoTokenizer
 from tuning import Settings, tune
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 TARGETS = ["k_proj", "v_proj"]
@@ -73,7 +74,7 @@ def time_switching(base: Path, adapters: dict[str, Path], probe: torch.Tensor, n
     """Median seconds to change the task in three ways, and whether all come to the same logits."""
 
     def reload(directory: Path) -> PeftModel:
-        return PeftModel.from_pretrained(load(base), directory)
+        return PeftModel.from_pretrained(load_model(base), directory)
 
     directories = list(islice(cycle(adapters.values()), number))
     last = reload(directories[-1])
@@ -131,11 +132,11 @@ def main() -> None:
     for task, adapter in adapters.items():
         if not adapter.exists():
             stages.run(f"tune: {task}", lambda task=task: tune(settings[task], adapters[task]), adapter)
-    rows = {"GPTQ": stages.run("evaluate GPTQ", lambda: evaluate(load(base), held_out))}
+    rows = {"GPTQ": stages.run("evaluate GPTQ", lambda: evaluate(load_model(base), held_out))}
     for task, adapter in adapters.items():
         rows[task] = stages.run(
             f"evaluate: {task}",
-            lambda adapter=adapter: evaluate(PeftModel.from_pretrained(load(base), adapter), held_out),
+            lambda adapter=adapter: evaluate(PeftModel.from_pretrained(load_model(base), adapter), held_out),
         )
     seconds = stages.run(
         "switch", lambda: time_switching(base, adapters, held_out["bible"], max(arguments.switches, len(adapters)))
@@ -160,7 +161,7 @@ def main() -> None:
     if arguments.serve:
         from task_page import TaskModel, build_page, launch
 
-        model = PeftModel.from_pretrained(load(base), next(iter(adapters.values())))
+        model = PeftModel.from_pretrained(load_model(base), next(iter(adapters.values())))
         page = build_page(TaskModel(model, tokenizer, adapters), PROMPT)
         print(f"\n{launch(page, arguments.port)}", flush=True)
         page.block_thread()

@@ -28,7 +28,7 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, load, parse, versions  # noqa: I001
+from stages import Stages, digest, parse, versions  # noqa: I001
 
 import demo_assets
 import smoke_model
@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import Settings, tune
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def main() -> None:
             "evaluate float",
             lambda: evaluate(AutoModelForCausalLM.from_pretrained(float_directory, dtype=torch.float32), held_out),
         )
-    rows["GPTQ"] = stages.run(f"evaluate {base}", lambda: evaluate(load(base), held_out))
+    rows["GPTQ"] = stages.run(f"evaluate {base}", lambda: evaluate(load_model(base), held_out))
 
     settings = Settings(
         str(base),
@@ -94,7 +95,7 @@ def main() -> None:
     stages.run(f"tune {adapter.name}", lambda: tune(settings, adapter, tune_held_out), adapter)
 
     def evaluate_adapter() -> dict[str, float]:
-        model = PeftModel.from_pretrained(load(base), adapter)
+        model = PeftModel.from_pretrained(load_model(base), adapter)
         torch.save(probe_logits(model, held_out["tuned"]), adapter.with_suffix(".pt"))
         return evaluate(model, held_out)
 
@@ -148,7 +149,7 @@ def compare(adapter: Path, merged: Path, batch: torch.Tensor) -> dict[str, float
     """Largest difference of a logit between the adapter and the merged checkpoint, and the largest logit."""
     expected = torch.load(adapter.with_suffix(".pt"))
     served = torch.load(merged.with_suffix(".pt"))
-    under_fresh_adapter = get_peft_model(load(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
+    under_fresh_adapter = get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
     return {
         "same_arithmetic": (probe_logits(under_fresh_adapter, batch) - expected).abs().max().item(),
         "engine": (served - expected).abs().max().item(),

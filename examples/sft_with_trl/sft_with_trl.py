@@ -27,7 +27,7 @@ from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, load, parse, versions  # noqa: I001
+from stages import Stages, digest, parse, versions  # noqa: I001
 
 import demo_assets
 import smoke_model
@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 import peft_quant
+from peft_quant.loading import load_model
 
 
 METHODS = {"peqa": peft_quant.PEQAConfig, "lrec": peft_quant.LRECConfig}
@@ -97,7 +98,7 @@ def train(arguments: argparse.Namespace, base: str, chats: Dataset, held_out: Da
         seed=arguments.seed,
     )
     trainer = SFTTrainer(
-        load(base),
+        load_model(base),
         args=config,
         train_dataset=chats,
         eval_dataset=held_out,

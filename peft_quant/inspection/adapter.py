@@ -17,9 +17,10 @@ from ..gptq import InvalidCheckpointError
 from ..gptq.checkpoint import Checkpoint, read_header
 from ..gptq.fingerprint import fingerprint, layer_digest
 from ..report.heat_map import place
+from ..report.text_table import table
 from .changes import LayerChange, cosine_similarities, layer_changes, split_layers
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint, read_layer
-from .tables import in_order, listed, number, table, word
+from .tables import in_order, listed, number, word
 
 
 _METHODS = {"PEQA": "PEQA adapter", "LREC": "LREC adapter", "LORA": "LoRA adapter"}

@@ -19,8 +19,9 @@ from ..gptq.zero_points import declared_format, stored_zero_offset
 from ..ops.packing import unpack_rows, unpack_zeros
 from ..report.engines import EngineVerdict, Packing, engine_verdicts
 from ..report.heat_map import place
+from ..report.text_table import table
 from .files import open_checkpoint, read_config
-from .tables import in_order, listed, number, table, word
+from .tables import in_order, listed, number, word
 
 
 _PARTS = {"qweight": "packed integers", "scales": "scales", "qzeros": "zero points", "g_idx": "group indices"}

@@ -148,7 +148,7 @@ def update_card(
         repository: Hub id of the directory's model.
         facts: what the files do not say; None for what is not known.
         metadata: of the front matter, preferred to what is there; None for what is not known.
-        exported: the directory is a LoRA adapter that was an LREC adapter.
+        exported: a LoRA adapter in the directory was an LREC adapter.
         changed: tensors of a merged checkpoint that are not its base's.
 
     Raises:

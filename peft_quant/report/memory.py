@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .text_table import table
+
 
 _FP32_ADAM = 16  # bytes a parameter: weight, gradient and two moments
 
@@ -64,8 +66,4 @@ class MemoryReport:
         if self.apart:
             cells.append(("not at the peak", "", "", f"{-self.apart / 1e6:,.1f}"))
         cells.append(("estimated peak", "", "", f"{self.total / 1e6:,.1f}"))
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        return "\n".join(
-            f"{what:{widths[0]}}  {precision:{widths[1]}}  {values:>{widths[2]}}  {size:>{widths[3]}}".rstrip()
-            for what, precision, values, size in cells
-        )
+        return table(cells, left=2)

@@ -285,9 +285,9 @@ class PackedTuner(BaseTuner):
 def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], repository: str | None) -> None:
     base = getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
     tags = getattr(tuner.model, "model_tags", None)
-    as_lora = [config for config in tuner.peft_config.values() if getattr(config, "save_as_lora", False)]
-    facts = {"base_quantization": as_lora[0].base_quantization} if as_lora else None
-    update_card(directory, earlier, [base], repository, facts, metadata={"tags": tags or None}, exported=bool(as_lora))
+    config = next(iter(tuner.peft_config.values()))
+    facts = {"base_quantization": config.base_quantization}  # which a LoRA adapter's file does not say
+    update_card(directory, earlier, [base], repository, facts, metadata={"tags": tags or None}, exported=True)
 
 
 write_cards(PackedTuner, _write_card)
