@@ -87,17 +87,22 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     def report(
-        op: str, tokens: int, contestants: dict[tuple[str, int, int], Callable[[], object]], rounds: int
+        op: str,
+        tokens: int,
+        contestants: dict[tuple[str, int, int], Callable[[], object]],
+        rounds: int,
+        dtype: str = "float32",
     ) -> None:
         times = medians({str(key): run for key, run in contestants.items()}, rounds)
-        dense = times[str(("dense", 32, 0))]
+        dense = next(us for key, us in times.items() if "dense" in key)
         for key in contestants:
             peer, bits, group = key
             us = times[str(key)]
-            cell = {"bits": bits, "group": group or None, "M": tokens, "K": SIZE, "N": SIZE, "dtype": "float32"}
+            cell = {"bits": bits, "group": group or None, "M": tokens, "K": SIZE, "N": SIZE, "dtype": dtype}
             append("kernels", arguments.out, op=op, peer=peer, us=round(us, 1), **cell)
             print(
-                f"{op:17} M={tokens:<4} {peer:16} b={bits:<3} group={group:<5} {us:9.0f} us = {us / dense:.2f} dense"
+                f"{op:17} M={tokens:<4} {dtype:8} {peer:16} b={bits:<3} group={group:<5} {us:9.0f} us"
+                f" = {us / dense:.2f} dense"
             )
 
     dense = nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False)
@@ -122,6 +127,12 @@ def main() -> None:
         contestants |= {("ours", *cell): forward for cell, forward in ours.items()}
         contestants |= {(kind.__name__, 4, 128): peer_layer(kind, layers[4, 128]).eval() for kind in INFERENCE_PEERS}
         report("linear", 1, {key: lambda f=forward: f(x) for key, forward in contestants.items()}, 300)
+
+        x = x.bfloat16()
+        contestants |= {("dense", 16, 0): dense.bfloat16()}
+        del contestants["dense", 32, 0]
+        runs = {key: lambda f=forward: f(x) for key, forward in contestants.items()}
+        report("linear", 1, runs, 300, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import bags
+from . import few_tokens
 from .decode import ROW_ALIGNMENT, Decoder, blocks
 
 
@@ -83,10 +83,10 @@ def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: flo
 def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
     if x.device.type != "cpu":
         return x @ dequantize(*(*packed, x.dtype))
-    tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-    y = bags.product(tokens, *packed) if 0 < len(tokens) <= bags.MAX_TOKENS else None
+    tokens = x.reshape(-1, x.shape[-1])
+    y = few_tokens.product(tokens, *packed) if 0 < len(tokens) <= few_tokens.MAX_TOKENS else None
     if y is None:
-        y = _linear_in_blocks(tokens, *packed)
+        y = _linear_in_blocks(tokens.to(compute_dtype(x)), *packed)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
 
 

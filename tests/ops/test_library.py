@@ -76,6 +76,17 @@ def test_linear_and_its_gradients(bits, layout, tokens, monkeypatch):
     torch.testing.assert_close(scales.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("tokens", (1, 33))
+@pytest.mark.parametrize("bits", BITS)
+def test_autocast_is_left_to_the_model(bits, tokens):
+    _, tensors, layout_arguments = arguments(bits)
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0))
+    expected = ops.linear(x, *tensors, *layout_arguments, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(ops.linear(x, *tensors, *layout_arguments, 1), expected)
+
+
 def lora_factors(rank=4):
     generator = torch.Generator().manual_seed(rank)
     return (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((rank, 96), (64, rank)))

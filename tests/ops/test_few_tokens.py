@@ -10,10 +10,10 @@ import torch
 from gptq_models import PlainLayer, random_packed
 
 from peft_quant import gptq, ops
-from peft_quant.ops import bags, eager
+from peft_quant.ops import eager, few_tokens
 
 
-pytestmark = pytest.mark.skipif(not bags._HAS_KERNEL, reason="PyTorch was built without fbgemm")
+pytestmark = pytest.mark.skipif(not few_tokens._HAS_KERNEL, reason="PyTorch was built without fbgemm")
 
 LAYOUTS = {
     "per channel": {"group_size": -1},
@@ -52,8 +52,8 @@ def close_to(y, x, weight):
 def made(monkeypatch):
     """The tables that are made, one entry each."""
     calls = []
-    make = bags._make_table
-    monkeypatch.setattr(bags, "_make_table", lambda *args: calls.append(args[1]) or make(*args))
+    make = few_tokens._make_product
+    monkeypatch.setattr(few_tokens, "_make_product", lambda *args: calls.append(args) or make(*args))
     return calls
 
 
@@ -62,7 +62,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_every_layout(bits, layout, zero_offset, made):
     packed, arguments_ = arguments(bits, layout, zero_offset)
-    for count in (1, bags.MAX_TOKENS):
+    for count in (1, few_tokens.MAX_TOKENS):
         x = tokens(count)
         close_to(ops.linear(x, *arguments_), x, packed.weight)
     assert len(made) == 1
@@ -73,7 +73,7 @@ def test_every_layout(bits, layout, zero_offset, made):
 def test_8_bits(symmetric, zero_offset):
     packed, arguments_ = arguments(8, zero_offset=zero_offset, symmetric=symmetric)
     x = tokens(2)
-    assert (bags.product(x, *arguments_) is None) == (not symmetric)
+    assert (few_tokens.product(x, *arguments_) is None) == (not symmetric)
     close_to(ops.linear(x, *arguments_), x, packed.weight)
 
 
@@ -94,6 +94,31 @@ def test_16_bit_tokens_lose_only_the_rounding_of_the_output(dtype):
     torch.testing.assert_close(y, (x.double() @ packed.weight.double()).to(dtype))
 
 
+@pytest.mark.parametrize("group_size", (32, 64, 128, 256))
+def test_4_bits_in_bfloat16(group_size, made):
+    packed = random_packed(4, 512, 96, group_size=group_size, symmetric=True, zero_offset=1)
+    tensors = packed.tensors
+    x = tokens(3, 512, torch.bfloat16)
+    for factor in (1.0, 0.5):
+        scales = tensors["scales"].float() * factor
+        y = ops.linear(x, tensors["qweight"], tensors["qzeros"], scales, None, 4, group_size, 1)
+        assert y.dtype == torch.bfloat16
+        # scales, weights and the output are rounded to 8 bits of precision
+        limit = 3 * 2**-8 * factor * (x.abs().double() @ packed.weight.abs().double()).max()
+        torch.testing.assert_close(y.double(), x.double() @ packed.weight.double() * factor, rtol=0, atol=limit)
+    assert len(made) == 1
+
+
+def test_written_scales_are_seen_in_bfloat16():
+    packed = random_packed(4, 512, 96, group_size=64, symmetric=True, zero_offset=1)
+    tensors = packed.tensors
+    x, scales = tokens(1, 512, torch.bfloat16), tensors["scales"].float()
+    first, second = (
+        ops.linear(x, tensors["qweight"], tensors["qzeros"], scales.mul_(2), None, 4, 64, 1) for _ in range(2)
+    )
+    assert torch.equal(second, 2 * first)
+
+
 def test_leading_dimensions_and_no_tokens():
     packed, arguments_ = arguments(4)
     x = tokens(6).view(2, 3, 256)
@@ -103,7 +128,7 @@ def test_leading_dimensions_and_no_tokens():
 
 def test_more_tokens_make_no_table(made):
     _, arguments_ = arguments(4)
-    ops.linear(tokens(bags.MAX_TOKENS + 1), *arguments_)
+    ops.linear(tokens(few_tokens.MAX_TOKENS + 1), *arguments_)
     assert not made
 
 
@@ -169,19 +194,19 @@ def test_the_table_is_no_part_of_the_layer_and_dies_with_it():
     x = tokens(1)
     y = gptq.linear(layer, read, x)
 
-    table = weakref.ref(bags._tables[layer.qweight].rows)
+    table = weakref.ref(few_tokens._tables[layer.qweight].product)
     assert layer.state_dict().keys() == keys
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     assert buffer.tell() == size
     other = copy.deepcopy(layer)
-    assert other.qweight not in bags._tables
+    assert other.qweight not in few_tokens._tables
     assert torch.equal(gptq.linear(other, read, x), y)
 
     del layer
     gc.collect()
     assert table() is None
-    assert other.qweight in bags._tables
+    assert other.qweight in few_tokens._tables
 
 
 def test_compiles_without_graph_breaks_and_with_one_table(made):
