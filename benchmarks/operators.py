@@ -130,10 +130,11 @@ def main() -> None:
         us = microseconds(target[: moved // 2].copy_, source[: moved // 2])
         report("copy", "torch", us, moved, K=rows, N=columns)
         g_idx = (torch.arange(rows, device="cuda") // 128)[torch.randperm(rows, device="cuda")].int()
-        packed = random_layer(4, rows, columns, 128)
-        moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
-        us = microseconds(ops.dequantize, *packed, g_idx, 4, 128, 1, torch.bfloat16)
-        report("dequantize act-order", "ours", us, moved, bits=4, group=128, K=rows, N=columns)
+        for bits in (2, 3, 4, 8):
+            packed = random_layer(bits, rows, columns, 128)
+            moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
+            us = microseconds(ops.dequantize, *packed, g_idx, bits, 128, 1, torch.bfloat16)
+            report("dequantize act-order", "ours", us, moved, bits=bits, group=128, K=rows, N=columns)
 
         for tokens in (1, 8, 32):
             x = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)

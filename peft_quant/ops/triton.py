@@ -20,7 +20,7 @@ from . import eager
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
 # rows and columns of a tile, by how fast they were on an H100
 _DECODE_TILE = (64, 128)
-_ACT_ORDER_TILE = (16, 256)
+_ACT_ORDER_TILE = (16, 128)
 _FEW_TOKENS_TILE = (64, 64)
 _FEW_TOKENS_SPLITS = 8
 _ADD_PRODUCT_TILE = (64, 128)
@@ -89,20 +89,55 @@ def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl
 
 
 @triton.jit
+def _zero_points_of_rows(
+    z_ptr, group, inside, first_column, columns,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Zero points of rows of the given groups, int32 `[units, UNIT, COLUMNS]`, a unit of them by one load or two."""
+    words = columns * BITS // 32
+    unit = first_column // UNIT + tl.arange(0, COLUMNS // UNIT)
+    word = unit
+    if BITS == 3:
+        word = unit // 4 * 3 + unit % 4 * 3 // 4
+    pointers = z_ptr + group[:, :, None] * words + word[None, None, :]
+    mask = inside[:, :, None] & (word < words)[None, None, :]
+    value = tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    if BITS == 3:
+        shift = unit % 4 * 24 % 32
+        straddles = (shift > 8)[None, None, :]
+        high = tl.load(pointers + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
+        shift = shift[None, None, :].to(tl.uint32)
+        value = (value >> shift) | ((high << 1) << (31 - shift))
+    elif V1:
+        if BITS == 2:
+            value += 0x55555555
+        elif BITS == 4:
+            value += 0x11111111
+        else:
+            value += 0x01010101
+    shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
+    zeros = value[:, :, :, None] >> shifts[None, None, None, :]
+    if BITS == 3:
+        zeros += V1
+    return tl.reshape((zeros & ((1 << BITS) - 1)).to(tl.int32), (group.shape[0], UNIT, COLUMNS))
+
+
+@triton.jit
 def _rows(unit, UNIT: tl.constexpr):
     return unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
 
 
 @triton.jit
 def _weight(
-    q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size,
-    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr,
+    q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size,
+    BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weight of some units, fp32 `[units, UNIT, columns]`.
+    """The weight of some units, fp32 `[units, UNIT, COLUMNS]`.
 
     Pointers that a kernel stores to must not be computed from what this returns: the compiler, which cannot look into
     it, would then take all tensors passed to it for written to, and copy them.
     """
+    column = first_column + tl.arange(0, COLUMNS)
     inside = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
     codes = _codes(q_ptr, unit, column, columns, inside, BITS, UNIT)
     row = _rows(unit, UNIT)
@@ -112,11 +147,11 @@ def _weight(
         scales = tl.load(s_ptr + group * columns + column[None, :], mask=inside, other=0).to(tl.float32)[:, None, :]
     else:
         if GROUPING == _GROUP_OF_ROW:
-            group = (row // group_size)[:, :, None]
+            group = row // group_size
         else:
-            group = tl.load(g_ptr + row, mask=row < rows, other=0)[:, :, None]
-        zeros = _zero_points(z_ptr, group, column[None, None, :], columns, inside[:, None, :], BITS, V1)
-        pointers = s_ptr + group * columns + column[None, None, :]
+            group = tl.load(g_ptr + row, mask=row < rows, other=0)
+        zeros = _zero_points_of_rows(z_ptr, group, row < rows, first_column, columns, BITS, UNIT, V1, COLUMNS)
+        pointers = s_ptr + group[:, :, None] * columns + column[None, None, :]
         scales = tl.load(pointers, mask=inside[:, None, :], other=0).to(tl.float32)
     return (codes - zeros).to(tl.float32) * scales
 
@@ -128,8 +163,11 @@ def _dequantize_kernel(
     UNITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    weight = _weight(q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING)
+    first_column = tl.program_id(0) * COLUMNS
+    weight = _weight(
+        q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size, BITS, UNIT, V1, GROUPING, COLUMNS
+    )
+    column = first_column + tl.arange(0, COLUMNS)
     row = _rows(unit, UNIT)
     inside = (row < rows)[:, :, None] & (column < columns)[None, None, :]
     pointers = out_ptr + row[:, :, None].to(tl.int64) * columns + column[None, None, :]
@@ -144,17 +182,20 @@ def _few_tokens_kernel(
 ):  # fmt: skip
     """`x @ W` over every `SPLITS`-th tile of rows, fp32 `[SPLITS, tokens, columns]`."""
     ROWS: tl.constexpr = UNITS * UNIT
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first_column = tl.program_id(0) * COLUMNS
     token = tl.arange(0, TOKENS)
     sums = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), SPLITS):
         unit = tile * UNITS + tl.arange(0, UNITS)
-        weight = _weight(q_ptr, z_ptr, s_ptr, g_ptr, unit, column, rows, columns, group_size, BITS, UNIT, V1, GROUPING)
+        weight = _weight(
+            q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size, BITS, UNIT, V1, GROUPING, COLUMNS
+        )
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         x = tl.load(x_ptr + token[:, None] * rows + row[None, :], mask=inside, other=0)
         weight = tl.reshape(weight, (ROWS, COLUMNS)).to(x_ptr.dtype.element_ty)
         sums = tl.dot(x, weight, sums, input_precision="ieee")
+    column = first_column + tl.arange(0, COLUMNS)
     pointers = out_ptr + (tl.program_id(1) * tokens + token)[:, None] * columns + column[None, :]
     tl.store(pointers, sums, mask=(token < tokens)[:, None] & (column < columns)[None, :])
 
@@ -265,7 +306,7 @@ def dequantize(
         **_layout(rows, bits, group_size, zero_offset, g_idx),
         UNITS=tile_rows // _UNIT_CODES[bits],
         COLUMNS=tile_columns,
-        num_warps=4,
+        num_warps=4 if g_idx is None else 1,
     )
     return out
 
