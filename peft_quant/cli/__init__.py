@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="peft-quant")
     except SystemExit as exit_:
         if exit_.code == _INTERRUPTED:
-            say("interrupted: run it again; `train` and `correct` go on where they were with --resume", error=True)
+            say(
+                "interrupted: run it again; `quantize`, `train` and `correct` go on where they were with --resume",
+                error=True,
+            )
         raise
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):

@@ -29,32 +29,53 @@ def quantize(
     act_order: Annotated[
         bool, typer.Option("--act-order", help="Columns by decreasing activation (desc_act).")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the layers in OUT.unfinished; give the same options again.")
+    ] = False,
     config: Config = None,
 ) -> None:
     """Quantize a float model to a GPTQ checkpoint.
 
-    transformers, optimum and gptqmodel do it, with the float model in memory in fp32. Interrupted, it leaves nothing,
-    and starts from the beginning when it is run again.
+    transformers, optimum and gptqmodel do it, with the float model in memory in fp32.
+
+    Until OUT is complete, finished layers are kept in OUT.unfinished, about one byte a weight. After Ctrl-C, the same
+    command with --resume goes on from there.
     """
     prepare()
     import torch
 
     from ..gptq.checkpoint import refuse_existing
+    from ..gptq.finished_layers import count_finished
     from ..gptq.quantize import quantize_checkpoint
     from ..loading import load_tokenizer
     from ..text import read_texts, token_windows
 
     refuse_existing(out)
+    state = out.with_name(f"{out.name}.unfinished")
+    if state.exists() and not resume:
+        raise FileExistsError(f"{state} is of a run that was interrupted: go on there with --resume, or remove it.")
+    if resume:
+        if not state.exists():
+            raise FileNotFoundError(f"{state} does not exist, so there is nothing to resume: leave out --resume.")
+        done, layers = count_finished(state)
+        say(f"going on from {state}, which has {done} of {layers} layers")
     torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
     tokenizer = load_tokenizer(model)
     windows = token_windows(read_texts(calibration, column, split), tokenizer, sequence_length, samples)
-    quantize_checkpoint(
-        model,
-        out,
-        tokenizer.batch_decode(windows["input_ids"][:]),
-        bits=bits,
-        group_size=group_size,
-        symmetric=not asymmetric,
-        act_order=act_order,
-    )
+    try:
+        quantize_checkpoint(
+            model,
+            out,
+            tokenizer.batch_decode(windows["input_ids"][:]),
+            bits=bits,
+            group_size=group_size,
+            symmetric=not asymmetric,
+            act_order=act_order,
+            state=state,
+        )
+    except KeyboardInterrupt:
+        if state.exists():
+            done, layers = count_finished(state)
+            say(f"stopped after {done} of {layers} layers, which are in {state}", error=True)
+        raise
     say(f"{model} in {bits} bits is in {out}, calibrated on {len(windows)} windows of {sequence_length} tokens")

@@ -23,13 +23,18 @@ def layer_digest(tensors: PackedTensors, bits: int, zero_offset: int) -> bytes:
     tensors = tensors._replace(qzeros=convert_zeros(tensors.qzeros, bits, zero_offset, 0))
     digest = hashlib.sha256(f"{bits} {tensors.scales.dtype}".encode())
     for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        flat = tensor.detach().reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        samples = flat[positions.to(flat.device)].cpu()
-        samples = samples.to(torch.int64) if not samples.is_floating_point() else samples
-        digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
+        update_with_samples(digest, tensor)
     return digest.digest()
+
+
+def update_with_samples(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
+    """Add the shape of a tensor and evenly spaced samples of it to a digest."""
+    digest.update(str(tuple(tensor.shape)).encode())
+    flat = tensor.detach().reshape(-1)
+    positions = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+    samples = flat[positions.to(flat.device)].cpu()
+    samples = samples.to(torch.int64) if not samples.is_floating_point() else samples
+    digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def fingerprint(digests: Iterable[bytes]) -> str:
