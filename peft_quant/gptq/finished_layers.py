@@ -188,7 +188,7 @@ def kept(
     names = {module: name for name, module in model.named_modules()}
     waiting: list[Any] = []  # those whose inputs are being collected, or were
 
-    class KeptGPTQ(optimum.GPTQ):  # type: ignore[name-defined, misc]
+    class KeptGPTQ(optimum.GPTQ):
         def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
             super().__init__(module, *args, **kwargs)
             self.layer = finished.load(names[module])
