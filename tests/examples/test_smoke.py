@@ -11,13 +11,13 @@ from transformers.utils import logging
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
-    "lrec_correction": "| task: a second branch over it |",
-    "merge_and_serve": "adapter against merged: 0 in the same arithmetic",
-    "multi_gpu": "tokens/s together",
-    "multi_task_switching": "logits are the same, whichever way",
-    "peqa_finetuning": "adapter against merged: 0 in the same arithmetic",
-    "qft_finetuning": "| fp32 Lion |",
-    "sft_with_trl": "| after |",
+    "lrec_correction": ["| task: a second branch over it |"],
+    "merge_and_serve": ["adapter against merged: 0 in the same arithmetic", "What is a lighthouse?\n> "],
+    "multi_gpu": ["tokens/s together"],
+    "multi_task_switching": ["logits are the same, whichever way"],
+    "peqa_finetuning": ["adapter against merged: 0 in the same arithmetic"],
+    "qft_finetuning": ["| fp32 Lion |"],
+    "sft_with_trl": ["| after |"],
 }
 
 
@@ -45,5 +45,6 @@ def test_smoke(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [str(script), "--smoke"])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
-    assert PRINTED[name] in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert [line for line in PRINTED[name] if line not in printed] == []
     assert not list(tmp_path.iterdir())
