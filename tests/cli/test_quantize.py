@@ -111,4 +111,4 @@ class TestResuming:
 
 
 def test_the_time_that_is_left_is_shown(quantize):
-    assert re.search(r"1/2 \[\d\d:\d\d<\d\d:\d\d", quantize().stderr)
+    assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d", quantize().stderr)
