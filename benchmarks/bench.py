@@ -54,6 +54,12 @@ CELLS = (
     # kept activations in CPU memory
     f"--peer ours --method lrec --checkpointing 1 --offload {FAST} {ADAM8}",
     f"--peer unsloth --method lora --checkpointing 1 --offload {ADAM8}",
+    # less memory for cuBLAS
+    f"--peer ours --method lrec --checkpointing 1 --small-workspace {FAST} {ADAM8}",
+    f"--peer ours --method lrec --bits 2 --checkpointing 1 --small-workspace {FAST} {ADAM8}",
+    f"--peer ours --method lrec --checkpointing 1 --offload --small-workspace {FAST} {ADAM8}",
+    f"--peer unsloth --method lora --checkpointing 1 --small-workspace {ADAM8}",
+    f"--peer unsloth --method lora --checkpointing 1 --offload --small-workspace {ADAM8}",
     # fewer bits
     f"--peer ours --method lrec --bits 2 --checkpointing 1 {FAST} {ADAM8}",
     f"--peer ours --method peqa --bits 3 --checkpointing 0 {FAST}",

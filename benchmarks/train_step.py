@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --compile: recompute all cheap results in backward, however far from their use",
     )
+    parser.add_argument("--small-workspace", action="store_true", help="8 MiB each for cuBLAS's two interfaces")
     parser.add_argument("--profile", action="store_true", help="on a GPU: print afterwards what its time went to")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser

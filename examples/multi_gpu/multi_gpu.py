@@ -46,6 +46,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import is_torch_greater_or_equal
 
 import peft_quant
 from peft_quant.loading import load_model
@@ -130,6 +131,8 @@ def main() -> None:
         callbacks=[clock],
     )
     if trainer.is_fsdp_enabled:
+        if not is_torch_greater_or_equal("2.13"):
+            raise SystemExit(f"FSDP2 of PyTorch {torch.__version__} cannot shard integers: take 2.13, or ddp.yaml.")
         packed_as_parameters(model)
         # FSDP's own way to bf16 would round the scales to it as well
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
