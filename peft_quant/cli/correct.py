@@ -95,6 +95,7 @@ def correct(
     with arguments.main_process_first(desc="the start"):
         if not started.exists():
             lrec = LRECConfig(task_type="CAUSAL_LM", **of_config)
+            lrec.refuse_other_lora_options()
             _start(
                 load_model(model, device=arguments.device), lrec, start, teacher, windows, calibration_windows, started
             )

@@ -16,6 +16,7 @@ from .options import further_options
 # what the library fills in
 _FILLED_IN = {
     "auto_mapping",
+    "base_fingerprint",
     "base_model_name_or_path",
     "base_quantization",
     "inference_mode",

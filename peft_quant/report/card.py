@@ -173,7 +173,7 @@ def update_card(
     elif config.get("base_quantization"):
         collected["base_quantization"] = _only(_FORMAT, config["base_quantization"])
     trained = _count_tensors(
-        place, set(changed) if kind == _MERGED else None, _OTHER_ROLE_OF_QFT if kind == _QFT else _OTHER_ROLE
+        place, set(changed) if kind == _MERGED else None, _OTHER_ROLE_OF_QFT if kind == _QFT else _other_role(config)
     )
     if trained:
         collected["trained"] = trained
@@ -446,6 +446,13 @@ def _count_tensors(place: Path, names: set[str] | None, other_role: str) -> list
                 row["values"] += values
                 row["bytes"] += values * _BYTES.get(dtype, 1)
     return [rows[key] for key in sorted(rows)]
+
+
+def _other_role(config: Mapping[str, Any]) -> str:
+    """What an adapter's tensors are that no pattern knows."""
+    if config.get("bias", "none") == "none":
+        return _OTHER_ROLE
+    return f"biases and {_OTHER_ROLE}" if config.get("modules_to_save") else "biases"
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

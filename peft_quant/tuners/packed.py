@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +27,25 @@ from .proof import prove_first_step
 
 _ALL_LINEAR = "all-linear"
 _BASE_LAYER_SUFFIX = ".base_layer"
+
+
+class FilledIn(dict[str, Any]):
+    """The `base_quantization` of a config that a model in memory filled in. One that was loaded is a plain dict.
+
+    A loaded one names the only base the config is good for. This one only says what the model is, and how the config
+    was before, so that the config can be used on another base too.
+
+    Attributes:
+        base_name: what `base_model_name_or_path` was.
+        given_targets: what `target_modules` was.
+        layers: the layers that stood for, by name.
+        targets: what `target_modules` is since.
+    """
+
+    base_name: str | None = None
+    given_targets: Any = None
+    layers: frozenset[str] = frozenset()
+    targets: Any = None
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -126,16 +145,33 @@ class PackedTuner(BaseTuner):
         packed_layers = self._packed_layers()
         if not packed_layers:
             raise ValueError(_no_packed_layers(self.model, peft_config.peft_type.value))
-        # a copy, because what is filled in here belongs to this base, and the user may reuse the config on another
-        peft_config, given = copy(peft_config), peft_config
-        self.peft_config.update({name: peft_config for name, config in self.peft_config.items() if config is given})
-        target = peft_config.target_modules
-        if target is None or (isinstance(target, str) and target.lower() == _ALL_LINEAR):
-            peft_config.target_modules = self._default_targets(peft_config, packed_layers)
-        self._formats = self._read_targets(peft_config, packed_layers)
+        given, config = peft_config, copy(peft_config)
+        before = given.base_quantization
+        if isinstance(before, FilledIn):
+            config.base_quantization = None
+            if config.target_modules == before.targets:
+                config.target_modules = before.given_targets
+        given_targets = config.target_modules
+        if given_targets is None or (isinstance(given_targets, str) and given_targets.lower() == _ALL_LINEAR):
+            config.target_modules = self._default_targets(config, packed_layers)
+        self._formats = self._read_targets(config, packed_layers)
         if self._formats:
-            self._match_base(peft_config, packed_layers)
-        return peft_config
+            self._match_base(config, packed_layers)
+        found = config.base_quantization
+        if isinstance(found, FilledIn):
+            found.base_name, found.given_targets = config.base_model_name_or_path, given_targets
+            found.layers, found.targets = frozenset(self._formats), config.target_modules
+        if isinstance(before, FilledIn):
+            same = {**vars(given), "target_modules": None} == {**vars(config), "target_modules": None}
+            if same and (before.base_name, before.layers) == (found.base_name, found.layers):
+                return given
+            # the config goes on being the other model's, whose name PEFT has just replaced by this one's
+            given.base_model_name_or_path = before.base_name
+            (*_, adapter_name) = (name for name, entered in self.peft_config.items() if entered is given)
+            self.peft_config[adapter_name] = config
+            return config
+        vars(given).update(vars(config))
+        return given
 
     def _default_targets(self, config: Any, packed_layers: dict[str, nn.Module]) -> set[str]:
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
@@ -190,21 +226,26 @@ class PackedTuner(BaseTuner):
         layers = {name: packed_layers[name] for name in self._formats}
         if any(gptq.packed_tensors(layer).qweight.is_meta for layer in layers.values()):
             return
-        digests = []
-        for name, layer in layers.items():
-            adapted = self.model.get_submodule(name)
-            is_adapted = isinstance(adapted, AdaptedLinear)
-            tensors = adapted.base_tensors() if is_adapted else gptq.packed_tensors(layer)
-            packed = self._formats[name]
-            digests.append(layer_digest(tensors, packed.bits, packed.zero_offset))
-        found = _describe_base(list(self._formats.values()), checkpoint_format(self.model), fingerprint(digests))
+        found = _describe_base(
+            list(self._formats.values()), checkpoint_format(self.model), self._fingerprint(layers, self._formats)
+        )
         expected = config.base_quantization
         if expected is not None and expected.get("fingerprint") != found["fingerprint"]:
             raise ValueError(
                 f"This adapter was trained on another base model: it expects {expected}, this model is {found}. Load "
                 f"the base it was trained on ({config.base_model_name_or_path}), unchanged."
             )
-        config.base_quantization = found
+        config.base_quantization = FilledIn(found) if expected is None else found
+
+    def _fingerprint(self, layers: dict[str, nn.Module], formats: dict[str, gptq.PackedFormat]) -> str:
+        """Of GPTQ layers, by their name, as they are without adapters."""
+        digests = []
+        for name, layer in layers.items():
+            adapted = self.model.get_submodule(name)
+            is_adapted = isinstance(adapted, AdaptedLinear)
+            tensors = adapted.base_tensors() if is_adapted else gptq.packed_tensors(layer)
+            digests.append(layer_digest(tensors, formats[name].bits, formats[name].zero_offset))
+        return fingerprint(digests)
 
     def _create_and_replace(
         self,
@@ -233,8 +274,11 @@ class PackedTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config.base_quantization, FilledIn):
+            config.base_quantization.targets = config.target_modules  # PEFT shortens long sets of names
         keep_checkpoint_format(model)
-        if not self.peft_config[adapter_name].inference_mode:
+        if not config.inference_mode:
             prove_first_step(model, self.linear_class)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -246,6 +290,34 @@ class PackedTuner(BaseTuner):
         for layer in self.modules():
             if isinstance(layer, self.linear_class):
                 layer.cast_adapter(adapter_name, dtype or layer.base_tensors().scales.dtype)
+
+    def _modules_to_save(self, adapters: list[str]) -> list[str] | None:
+        """The `modules_to_save` of a combination of adapters.
+
+        Raises:
+            ValueError: two of them have the same one.
+        """
+        shared = [
+            wrapper for wrapper in self._wrappers() if sum(name in wrapper.modules_to_save for name in adapters) > 1
+        ]
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(shared)} such instance(s)."
+            )
+        names = [module for name in adapters for module in self.peft_config[name].modules_to_save or []]
+        return list(dict.fromkeys(names)) or None
+
+    def _take_over_modules(self, adapters: list[str], adapter_name: str) -> None:
+        """Give a combination the modules that one of the adapters trained whole; PEFT gave it copies of the base's."""
+        for wrapper in self._wrappers():
+            for name in adapters:
+                if name in wrapper.modules_to_save:
+                    state_dict = wrapper.modules_to_save[name].state_dict()
+                    wrapper.modules_to_save[adapter_name].load_state_dict(state_dict)
+
+    def _wrappers(self) -> list[ModulesToSaveWrapper]:
+        return [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -92,7 +92,7 @@ def ours(value: Any, method: str) -> Any:
         options = {f.name: getattr(value, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
         options = {name: option for name, option in options.items() if option != getattr(defaults, name)}
         try:
-            LRECConfig(**options)
+            LRECConfig(**options).refuse_other_lora_options()
         except ValueError as error:
             raise NotOursError from error
         return make(**options)

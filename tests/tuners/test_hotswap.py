@@ -6,6 +6,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 
 from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter
+from peft_quant.tuners.lrec import LRECLinear
 
 
 def adapter(base, directory, **options):
@@ -112,7 +113,9 @@ class TestLREC:
         return save
 
     @pytest.mark.parametrize(
-        "options", ({}, {"lora_alpha": 3}, {"r": 2}, {"r": 6}), ids=("same", "alpha", "lower", "higher")
+        "options",
+        ({}, {"lora_alpha": 3}, {"r": 2}, {"r": 6}),
+        ids=("same", "alpha", "lower", "higher"),
     )
     def test_takes_the_new_values(self, checkpoint, save, input_ids, options):
         model = PeftModel.from_pretrained(load(checkpoint), save("first"))
@@ -137,7 +140,6 @@ class TestLREC:
     @pytest.mark.parametrize(
         ("options", "message"),
         (
-            ({"target_modules": ["q_proj"]}, "for base_quantization"),
             ({"use_rslora": True}, "for use_rslora"),
             ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern=\{'q_proj': 2\}.*`load_adapter`"),
         ),
@@ -149,8 +151,28 @@ class TestLREC:
             hotswap_adapter(model, save("second", **options), "default", torch_device="cpu")
         assert torch.equal(logits(model, input_ids), before)
 
+    def test_an_adapter_of_fewer_layers_leaves_none_of_the_old_one(self, checkpoint, save):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first"))
+        second = save("second", target_modules=["q_proj"], r=6)
+        hotswap_adapter(model, second, "default", torch_device="cpu")
+        expected = dict(PeftModel.from_pretrained(load(checkpoint), second).named_modules())
+        for name, layer in model.named_modules():
+            if isinstance(layer, LRECLinear):
+                delta = layer.get_delta_weight("default")
+                if name.endswith("q_proj"):
+                    assert torch.equal(delta, expected[name].get_delta_weight("default"))
+                else:
+                    assert not delta.any()
+
+    def test_an_adapter_of_further_layers_is_refused(self, checkpoint, save, input_ids):
+        model = PeftModel.from_pretrained(load(checkpoint), save("first", target_modules=["q_proj"]))
+        before = logits(model, input_ids)
+        with pytest.raises(RuntimeError, match="unexpected keys found"):
+            hotswap_adapter(model, save("second"), "default", torch_device="cpu")
+        assert torch.equal(logits(model, input_ids), before)
+
     def test_an_adapter_of_another_base_is_refused(self, checkpoint, save, tmp_path):
         model = PeftModel.from_pretrained(load(checkpoint), save("first"))
         other = save_tiny_llama(tmp_path / "other", seed=1)
-        with pytest.raises(ValueError, match="for base_quantization"):
+        with pytest.raises(ValueError, match="for base_fingerprint"):
             hotswap_adapter(model, save("second", base=other), "default", torch_device="cpu")

@@ -24,4 +24,4 @@ __all__ = [
 ]
 
 register("lrec", LRECConfig, LRECModel)
-allow_hotswap(_PEFT_TYPE, ["base_quantization"])
+allow_hotswap(_PEFT_TYPE, ["base_fingerprint"])

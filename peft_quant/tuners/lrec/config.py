@@ -16,6 +16,7 @@ from ...compat import __version__
 _LORA_OPTIONS = frozenset(
     {
         "r",
+        "bias",
         "lora_alpha",
         "lora_dropout",
         "use_rslora",
@@ -32,6 +33,9 @@ _LORA_OPTIONS = frozenset(
     }
 )
 
+# PEFT spells it with the name of the method too
+_BIASES = ("none", "all", "lora_only", "lrec_only")
+
 FLOAT_STARTS = ("svd", "whitened")
 """Starts computed from the float model."""
 
@@ -45,6 +49,9 @@ class LRECConfig(LoraConfig):
         r (`int`): Rank of the branch.
         lora_alpha (`int`): The branch is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout (`float`): Probability of dropping an element of the branch's input in training.
+        bias (`"none"`, `"all"` or `"lora_only"`):
+            Biases to train and save with the adapter, as in LoRA: those of the adapted layers, or with `"all"` also
+            those of float modules. Other GPTQ layers keep theirs. Needs PEFT 0.21.
         use_rslora (`bool`): See `lora_alpha`.
         rank_pattern (`dict`): Ranks of single layers, by name, ending or regular expression.
         alpha_pattern (`dict`): `lora_alpha` of single layers, likewise.
@@ -73,13 +80,19 @@ class LRECConfig(LoraConfig):
             does not check that its base is the one it was trained on.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+            What is filled in, of which `target_modules` may be a part, is renewed when the config is used on another
+            base.
+        base_fingerprint (`str`, *optional*):
+            Filled in by the library: the fingerprint of every GPTQ layer of the base model, whether it is adapted or
+            not. Adapters that replace each other by hot-swapping must agree in it.
         peft_quant_version (`str`, *optional*):
             Filled in by the library: the version that made the adapter. In the saved file it tells which package to
             import before PEFT can load the adapter.
 
+    LoRA's other options are refused when the adapter is put on a model.
+
     Raises:
-        ValueError: for values that contradict each other or are not among those named above, and for LoRA's other
-            options.
+        ValueError: for values that contradict each other or are not among those named above.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -99,17 +112,15 @@ class LRECConfig(LoraConfig):
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
     )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={"help": "Fingerprint of every GPTQ layer of the base model, filled in by the library."},
+    )
     peft_quant_version: str | None = field(
         default=None, metadata={"help": "Version of peft_quant that made the adapter, filled in by the library."}
     )
 
     def __post_init__(self) -> None:
-        self._refuse_other_lora_options()
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} needs a dense base weight to start from or to change; "
-                "LREC's base is packed. Use True or 'gaussian'."
-            )
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = None  # the same, and it goes with `layers_to_transform`
         super().__post_init__()
@@ -137,7 +148,18 @@ class LRECConfig(LoraConfig):
         else:
             super().save_pretrained(save_directory, **kwargs)
 
-    def _refuse_other_lora_options(self) -> None:
+    def refuse_other_lora_options(self) -> None:
+        """Raise a `ValueError` that names an option of LoRA, or a value of one, that LREC does not have.
+
+        Called when the adapter is put on a model. The config itself may hold what a `LoraConfig` may.
+        """
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} needs a dense base weight to start from or to change; "
+                "LREC's base is packed. Use True or 'gaussian'."
+            )
+        if self.bias not in _BIASES:
+            raise ValueError(f"bias={self.bias!r}: use 'none', 'all' or 'lora_only'.")
         common = {option.name for option in fields(PeftConfig)}
         for option in fields(LoraConfig):
             if option.name in common or option.name in _LORA_OPTIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +201,7 @@ def initialize_lrec_weights(
             layers[name].lora_B[adapter_name].weight.copy_(lora_b)
             layers[name].lora_A[adapter_name].weight.copy_(lora_a)
     configs: Any = model.peft_config
+    configs[adapter_name] = copy(configs[adapter_name])  # the user's may be that of other adapters too
     configs[adapter_name].init_lrec_weights = start
     return StartReport(start, [rows[name] for name in layers])
 

@@ -81,6 +81,14 @@ class LRECLinear(AdaptedLinear, LoraLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def free_bias(self) -> None:
+        """Let the base layer's bias, which is a buffer in GPTQ layers, train: it becomes a parameter, in fp32."""
+        base_layer = self.get_base_layer()
+        bias = getattr(base_layer, "bias", None)
+        if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == torch.float32):
+            del base_layer.bias
+            base_layer.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+
     def own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lora_A]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import LoraModel
 from peft.utils.other import get_pattern_key
+from torch import nn
 
+from ... import gptq
 from ..packed import PackedTuner
 from .config import FLOAT_STARTS, LRECConfig
 from .layer import CANNOT_MERGE, LRECLinear
@@ -51,6 +55,12 @@ class LRECModel(PackedTuner, LoraModel):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: LRECConfig, model_config: dict[str, Any]) -> LRECConfig:
+        peft_config.refuse_other_lora_options()
+        if peft_config.bias != "none" and not hasattr(self, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"bias={peft_config.bias!r} needs PEFT 0.21: older ones do not save the biases. Update PEFT, or leave "
+                "`bias` out."
+            )
         start = peft_config.init_lrec_weights
         # a saved adapter brings its weights along, and names its base
         if start in FLOAT_STARTS and not peft_config.inference_mode and peft_config.base_quantization is None:
@@ -59,6 +69,40 @@ class LRECModel(PackedTuner, LoraModel):
                 f"`peft_quant.initialize_lrec_weights(model, float_model, start={start!r})` on the adapted model."
             )
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _match_base(self, config: LRECConfig, packed_layers: dict[str, nn.Module]) -> None:
+        super()._match_base(config, packed_layers)
+        try:
+            formats = {name: self._formats.get(name) or gptq.read_format(m, name) for name, m in packed_layers.items()}
+        except (gptq.RepackedLayerError, ValueError):
+            config.base_fingerprint = None  # a layer that is not adapted cannot be read
+            return
+        if not any(gptq.packed_tensors(layer).qweight.is_meta for layer in packed_layers.values()):
+            config.base_fingerprint = self._fingerprint(packed_layers, formats)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            for _, layer in self._adapted_layers():
+                layer.free_bias()
+        super()._mark_only_adapters_as_trainable(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        bias = self.peft_config[adapter_name].bias
+        if bias == "all":
+            found = any(name.endswith("bias") for name, _ in model.named_parameters())
+        else:
+            found = bias == "none" or any(layer.bias is not None for _, layer in self._adapted_layers())
+        if not found:
+            warnings.warn(f"bias={bias!r}, but there are no biases to train: the option does nothing.", stacklevel=2)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, adapter_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        from peft.utils.save_and_load import _validate_lora_adapter_state_dict  # of PEFT 0.21, which calls this method
+
+        state_dict = super()._get_adapter_state_dict(*args, adapter_name=adapter_name, **kwargs)
+        _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)  # PEFT checks only its own LoRA's
+        return state_dict
 
     def _layer_options(self, config: LRECConfig, name: str) -> dict[str, Any]:
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
@@ -71,8 +115,14 @@ class LRECModel(PackedTuner, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As LoRA's, also for adapters that choose their layers or scale their branches in different ways."""
+        """As LoRA's, also for adapters that choose their layers or scale their branches in different ways.
+
+        A module that one of them has in `modules_to_save` is taken over as it is.
+        """
+        if adapter_name in self.peft_config:
+            return
         given = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        modules_to_save = self._modules_to_save(list(given))
         # LoRA's gives the new adapter the first one's options, which are not all true of the combination
         for name, config in given.items():
             self.peft_config[name] = replace(
@@ -85,9 +135,11 @@ class LRECModel(PackedTuner, LoraModel):
                 init_lora_weights=True,
                 init_lrec_weights="zero",
                 base_quantization=None,
+                modules_to_save=modules_to_save,
             )
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+            self._take_over_modules(adapters, adapter_name)
         finally:
             self.peft_config.update(given)
 

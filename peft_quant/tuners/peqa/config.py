@@ -37,6 +37,8 @@ class PEQAConfig(PeftConfig):
             Start from zero deltas, which leave the model as it is. `False` draws random ones, which is for tests only.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
+            What is filled in, of which `target_modules` may be a part, is renewed when the config is used on another
+            base.
         peft_quant_version (`str`, *optional*):
             Filled in by the library: the version that made the adapter. In the saved file it tells which package to
             import before PEFT can load the adapter.

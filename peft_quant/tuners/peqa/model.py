@@ -68,14 +68,15 @@ class PEQAModel(PackedTuner):
         """Add an adapter whose scale deltas are the weighted sum of those of other adapters. Exact: deltas are linear.
 
         Args:
-            adapters: names of the adapters to combine.
+            adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is taken
+                over as it is.
             weights: one weight an adapter; negative ones subtract.
             adapter_name: name of the new adapter. Nothing happens if there is one of that name.
             combination_type: `"linear"`.
 
         Raises:
-            ValueError: an unknown adapter or combination, a wrong number of weights, or `modules_to_save`, which
-                cannot be combined.
+            ValueError: an unknown adapter or combination, a wrong number of weights, or a module that more than one
+                of the adapters has in `modules_to_save`, which cannot be combined.
         """
         if adapter_name in self.peft_config:
             return
@@ -86,8 +87,7 @@ class PEQAModel(PackedTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}.")
-            if self.peft_config[name].modules_to_save:
-                raise ValueError(f"Adapter {name!r} has modules_to_save, which cannot be combined.")
+        modules_to_save = self._modules_to_save(adapters)
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
@@ -100,6 +100,7 @@ class PEQAModel(PackedTuner):
             layers_to_transform=None,
             layers_pattern=None,
             init_weights=True,
+            modules_to_save=modules_to_save,
             base_quantization=None,
         )
         self.inject_adapter(self.model, adapter_name)
@@ -108,4 +109,5 @@ class PEQAModel(PackedTuner):
                 for name, weight in zip(adapters, weights):
                     if name in layer.peqa_scales:
                         layer.peqa_scales[adapter_name].add_(layer.peqa_scales[name], alpha=weight)
+        self._take_over_modules(adapters, adapter_name)
         self.set_requires_grad(adapter_name, False)

@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from peft import LoftQConfig, LoraConfig, PeftConfig, PeftType
+from gptq_models import PlainLayer, PlainMLP
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_quant import LRECConfig, LRECModel
@@ -30,6 +31,8 @@ def test_round_trip_through_json(tmp_path):
         layers_pattern="layers",
         modules_to_save=["lm_head"],
         base_quantization={"bits": 4, "fingerprint": "00"},
+        base_fingerprint="11",
+        bias="lora_only",
     )
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LREC"
@@ -59,17 +62,17 @@ def test_contradictions_are_named(options, message):
 @pytest.mark.parametrize(
     "start", ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal", "mica", "lora_ga", "other")
 )
-def test_starts_that_need_dense_weights_are_refused(start):
+def test_starts_that_need_dense_weights_are_refused_on_a_model(start):
+    model, config = PlainMLP(), LRECConfig()
+    config.init_lora_weights = start
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*Use True or 'gaussian'"):
-        LRECConfig(init_lora_weights=start)
+        get_peft_model(model, config)
+    assert isinstance(model.up, PlainLayer)
 
 
 @pytest.mark.parametrize(
     "options",
     (
-        {"loftq_config": LoftQConfig()},
-        {"bias": "all"},
-        {"bias": "lora_only"},
         {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"use_dora": True},
@@ -82,7 +85,16 @@ def test_starts_that_need_dense_weights_are_refused(start):
         {"velora_config": {}},
     ),
 )
-def test_other_options_of_lora_are_refused(options):
+def test_other_options_of_lora_are_refused_on_a_model_and_saved_in_a_file(options, tmp_path):
     (name,) = options
+    config, model = LRECConfig(**options), PlainMLP()
+    config.save_pretrained(tmp_path / "first")
+    PeftConfig.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / where / "adapter_config.json").read_text()) for where in ("first", "second")
+    )
+    assert first == second
+    assert first[name] == json.loads(json.dumps(config.to_dict()[name]))
     with pytest.raises(ValueError, match=f"{name}=.* is an option of LoRA that LREC does not have"):
-        LRECConfig(**options)
+        get_peft_model(model, config)
+    assert isinstance(model.up, PlainLayer)

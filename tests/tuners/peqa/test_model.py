@@ -242,13 +242,6 @@ class TestSaveAndLoad:
         with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this model is \{'bits': "):
             PeftModel.from_pretrained(base, tmp_path / "adapter")
 
-    def test_a_config_can_be_used_again_on_another_base(self, model, tmp_path):
-        reused = config()
-        get_peft_model(model, reused)
-        get_peft_model(load(save_tiny_llama(tmp_path / "other", seed=1)), reused)
-        assert reused.base_quantization is None
-        assert reused.target_modules is None
-
     def test_the_same_weights_in_the_other_zero_format_are_the_same_base(self, tuned, tmp_path, input_ids):
         tuned.save_pretrained(tmp_path / "adapter")
         base = load(save_tiny_llama(tmp_path / "v2", checkpoint_format="gptq_v2"))
