@@ -48,6 +48,11 @@ def hotswap_adapter(
             f"{model_name_or_path} has rank_pattern={new.rank_pattern} and alpha_pattern={new.alpha_pattern}, which "
             "PEFT's hot-swapping does not apply to the scaling of single layers. Load it with `load_adapter` instead."
         )
+    if isinstance(new, LRECConfig) and new.bias != "none":
+        raise ValueError(
+            f"{model_name_or_path} trained biases (bias={new.bias!r}), which hot-swapping does not replace. Load "
+            "it with `load_adapter` instead."
+        )
     if not isinstance(new, PEQAConfig):
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return

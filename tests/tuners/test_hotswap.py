@@ -1,12 +1,17 @@
+import peft
 import pytest
 import torch
 from gptq_models import PlainMLP, load, save_tiny_llama
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 
 from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter
 from peft_quant.tuners.lrec import LRECLinear
+
+
+needs_peft_21 = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="PEFT 0.20 saves no biases")
 
 
 def adapter(base, directory, **options):
@@ -141,6 +146,7 @@ class TestLREC:
         ("options", "message"),
         (
             ({"use_rslora": True}, "for use_rslora"),
+            pytest.param({"bias": "all"}, r"trained biases \(bias='all'\).*`load_adapter`", marks=needs_peft_21),
             ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern=\{'q_proj': 2\}.*`load_adapter`"),
         ),
     )

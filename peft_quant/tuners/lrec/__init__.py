@@ -24,4 +24,4 @@ __all__ = [
 ]
 
 register("lrec", LRECConfig, LRECModel)
-allow_hotswap(_PEFT_TYPE, ["base_fingerprint"])
+allow_hotswap(_PEFT_TYPE, ["base_fingerprint", "bias"])

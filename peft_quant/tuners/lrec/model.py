@@ -122,6 +122,12 @@ class LRECModel(PackedTuner, LoraModel):
         if adapter_name in self.peft_config:
             return
         given = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        for name, config in given.items():
+            if config.bias != "none":
+                raise ValueError(
+                    f"Adapter {name!r} trains biases (bias={config.bias!r}), which cannot be combined. Combine "
+                    "adapters without."
+                )
         modules_to_save = self._modules_to_save(list(given))
         # LoRA's gives the new adapter the first one's options, which are not all true of the combination
         for name, config in given.items():

@@ -10,7 +10,7 @@ from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_quant import LRECConfig, export_lora, inspect_adapter
+from peft_quant import LRECConfig, export_lora, hotswap_adapter, inspect_adapter
 
 
 OLD_PEFT = Version(peft.__version__) < Version("0.21")
@@ -90,6 +90,18 @@ def test_only_one_of_several_adapters_may_have_it():
         model.add_adapter("other", config(bias="lora_only"))
     assert list(model.peft_config) == ["default"]
     model.add_adapter("third", config())
+
+
+@needs_peft_21
+def test_it_is_not_combined_or_left_behind_by_a_swap(tmp_path):
+    model = get_peft_model(mlp(), config(bias="all"))
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match=r"'default' trains biases \(bias='all'\), which cannot be combined"):
+        model.add_weighted_adapter(["other", "default"], [1.0, 1.0], "sum", "cat")
+    assert sorted(model.peft_config) == ["default", "other"]
+    get_peft_model(mlp(), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="for bias, all != none"):
+        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
 
 
 @needs_peft_21
