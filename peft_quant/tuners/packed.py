@@ -36,16 +36,16 @@ class FilledIn(dict[str, Any]):
     was before, so that the config can be used on another base too.
 
     Attributes:
-        base_name: what `base_model_name_or_path` was.
-        given_targets: what `target_modules` was.
-        layers: the layers that stood for, by name.
-        targets: what `target_modules` is since.
+        base_name: the model's `base_model_name_or_path`.
+        given_targets: `target_modules` before.
+        targets: `target_modules` since.
+        layers: the names of the adapted layers.
     """
 
     base_name: str | None = None
     given_targets: Any = None
-    layers: frozenset[str] = frozenset()
     targets: Any = None
+    layers: frozenset[str] = frozenset()
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -164,6 +164,7 @@ class PackedTuner(BaseTuner):
         if isinstance(before, FilledIn):
             same = {**vars(given), "target_modules": None} == {**vars(config), "target_modules": None}
             if same and (before.base_name, before.layers) == (found.base_name, found.layers):
+                given.base_quantization = found
                 return given
             # the config goes on being the other model's, whose name PEFT has just replaced by this one's
             given.base_model_name_or_path = before.base_name

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from rows import METHODS
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FILLED_IN = ("base_quantization", "base_fingerprint", "target_modules")
 
 
@@ -73,11 +74,14 @@ def test_default_targets_are_those_of_each_model(checkpoint, method):
     assert llama.peft_config["default"].target_modules != mlp.peft_config["default"].target_modules == {"down", "up"}
 
 
-def test_targets_that_the_user_changes_are_respected(checkpoint, method):
+@pytest.mark.parametrize("targets", ({"q_proj"}, set(PROJECTIONS)))
+def test_targets_that_the_user_changes_are_respected(checkpoint, method, targets):
     config = method.config()
     get_peft_model(load(checkpoint), config)
-    config.target_modules = {"q_proj"}
-    assert len(layers(get_peft_model(load(checkpoint), config), method)) == 2
+    config.target_modules = targets
+    assert len(layers(get_peft_model(load(checkpoint), config), method)) == 2 * len(targets)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(PlainMLP(), config)
 
 
 def from_dict(config):
