@@ -110,9 +110,7 @@ def _make_product(
     return _bags_product(codes, zeros, g_idx, bits, group_size)
 
 
-def _is_int4(
-    codes: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, bits: int, group_size: int
-) -> bool:
+def _is_int4(codes: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, bits: int, group_size: int) -> bool:
     whole = len(codes) % group_size == 0 and codes.shape[1] % _INT4_COLUMNS == 0
     grouped = g_idx is None and bits == 4 and group_size in _INT4_GROUP_SIZES
     return whole and grouped and bool((zeros == _INT4_ZERO_POINT).all())

@@ -146,7 +146,7 @@ def _weight(
         zeros = _zero_points(z_ptr, group, column[None, :], columns, inside, BITS, V1)[:, None, :]
         scales = tl.load(s_ptr + group * columns + column[None, :], mask=inside, other=0).to(tl.float32)[:, None, :]
     else:
-        if GROUPING == _GROUP_OF_ROW:
+        if GROUPING == _GROUP_OF_ROW:  # noqa: SIM108
             group = row // group_size
         else:
             group = tl.load(g_ptr + row, mask=row < rows, other=0)
@@ -188,8 +188,9 @@ def _few_tokens_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), SPLITS):
         unit = tile * UNITS + tl.arange(0, UNITS)
         weight = _weight(
-            q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size, BITS, UNIT, V1, GROUPING, COLUMNS
-        )
+            q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size,
+            BITS, UNIT, V1, GROUPING, COLUMNS,
+        )  # fmt: skip
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         x = tl.load(x_ptr + token[:, None] * rows + row[None, :], mask=inside, other=0)
