@@ -2,12 +2,14 @@
 
     python benchmarks/cpu.py --out benchmarks/results
 
-The contestants take turns; times are medians. gptqmodel's inference kernels compute in bf16.
+The contestants take turns, in another order each round, since each finds the caches as the one before left them; times
+are medians. gptqmodel's inference kernels compute in bf16. Decoding is against a copy of the dense weight.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +41,7 @@ def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
     """Microseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 3):
-        for name, run in contestants.items():
+        for name, run in random.sample(list(contestants.items()), len(contestants)):
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e6)
@@ -88,7 +90,7 @@ def main() -> None:
 
     def report(
         op: str,
-        tokens: int,
+        tokens: int | None,
         contestants: dict[tuple[str, int, int], Callable[[], object]],
         rounds: int,
         dtype: str = "float32",
@@ -101,7 +103,7 @@ def main() -> None:
             cell = {"bits": bits, "group": group or None, "M": tokens, "K": SIZE, "N": SIZE, "dtype": dtype}
             append("kernels", arguments.out, op=op, peer=peer, us=round(us, 1), **cell)
             print(
-                f"{op:17} M={tokens:<4} {dtype:8} {peer:16} b={bits:<3} group={group:<5} {us:9.0f} us"
+                f"{op:17} M={tokens or '':<4} {dtype:8} {peer:16} b={bits:<3} group={group:<5} {us:9.0f} us"
                 f" = {us / dense:.2f} dense"
             )
 
@@ -122,6 +124,15 @@ def main() -> None:
         report("forward+backward", tokens, runs, rounds)
 
     with torch.no_grad():
+        contestants = {("dense", 32, 0): dense.weight.clone}
+        contestants |= {
+            ("ours", bits, group): lambda t=t, cell=(bits, group): ops.dequantize(
+                t["qweight"], t["qzeros"], t["scales"], None, *cell, 0, torch.float32
+            )
+            for (bits, group), t in layers.items()
+        }
+        report("dequantize", None, contestants, 40)
+
         x = torch.randn(1, SIZE)
         contestants = {("dense", 32, 0): dense}
         contestants |= {("ours", *cell): forward for cell, forward in ours.items()}

@@ -101,9 +101,12 @@ def _linear_in_blocks(
     zero_offset: int,
 ) -> torch.Tensor:
     decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
-    y = tokens.new_zeros(len(tokens), decoder.columns)
+    y = tokens.new_empty(len(tokens), decoder.columns)
     for rows, weight in _decoded(decoder, len(tokens), group_size, g_idx):
-        y.addmm_(tokens[:, rows], weight)
+        if rows.start == 0:
+            torch.mm(tokens[:, rows], weight, out=y)
+        else:
+            y.addmm_(tokens[:, rows], weight)
     return y
 
 

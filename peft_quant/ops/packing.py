@@ -87,8 +87,14 @@ def unpack_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Ten
         return (zeros + 1) & 7 if zero_offset else zeros
     if zero_offset:
         qzeros = qzeros + _ONE_IN_EVERY_FIELD[bits]
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=qzeros.device)
-    return (qzeros.unsqueeze(2) >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8).flatten(1)
+    # a clone, since `contiguous` keeps any stride of a dimension of size 1
+    octets = qzeros.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return octets
+    zeros = octets.new_empty(*octets.shape, 8 // bits)
+    for i in range(8 // bits):
+        zeros[..., i] = (octets >> (i * bits)) & ((1 << bits) - 1)
+    return zeros.flatten(1)
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Tensor:

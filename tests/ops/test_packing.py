@@ -67,3 +67,13 @@ def test_v1_zeros_need_the_borrow_across_fields():
 def test_words_for_refuses_what_gptq_cannot_pack(codes, bits):
     with pytest.raises(ValueError, match=str(bits)):
         words_for(codes, bits)
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_a_single_word_of_zeros_in_any_layout(bits):
+    words = torch.tensor([[0x12345678, 1], [0x0FEDCBA9, 2]], dtype=torch.int32)
+    for packed in (words[:1, :1], words[:, :1], words[:, 1:], words.t()[:1, :1]):
+        expected = torch.tensor(
+            [[word >> i & (1 << bits) - 1 for i in range(0, 32, bits)] for (word,) in packed.tolist()]
+        )
+        assert torch.equal(unpack_zeros(packed, bits, 0).long(), expected)
