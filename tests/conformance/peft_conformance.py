@@ -46,6 +46,12 @@ NO_GPTQ = re.compile(
 )
 """What a test has in its name or source that is not about linear layers or belongs to another method."""
 
+DEFAULT_NAMES = re.compile("test_default_target_modules_(not_set|list_of_str|str)")
+"""Tests of names of targets by architecture, which PEFT runs on no method with a default of its own."""
+
+DEFAULT_ALL_LINEAR = "test_default_target_modules_osf"
+"""PEFT's test of OSF's default, which is ours: every linear layer."""
+
 NO_PEQA = re.compile(r"(?i)lora_[ab]\b|lora_bias|\"lora_?\"|rank|scaling|svd|lora\.|LoraLayer|compiled_hotswap|[( ]r=")
 """What a test has that only LoRA's matrices have."""
 
@@ -282,6 +288,8 @@ def is_ours(item: Any, method: str) -> bool:
     classes = TESTS[item.module.__name__.rpartition(".")[2]]
     if classes is not None and (item.cls is None or item.cls.__name__ not in classes):
         return False
+    if method != "lora" and (DEFAULT_NAMES.match(item.name) or item.name == DEFAULT_ALL_LINEAR):
+        return item.name == DEFAULT_ALL_LINEAR
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     mentioned = mentions(list(parameters.values()), METHODS[method][0])
     text = item.name if mentioned and ROWS & parameters.keys() else item.name + inspect.getsource(item.function)
@@ -315,6 +323,8 @@ def method_of_the_test(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
                 monkeypatch.setattr(where, "LoraConfig", PEQAConfig if "config_cls" in parameters else make)
         if "weighted" in name:
             monkeypatch.setattr(common, "IA3Config", PEQAConfig)  # combines without ranks
+    if name == DEFAULT_ALL_LINEAR:
+        monkeypatch.setattr(module, "OSFConfig", config_class)
     if "modules_to_save" in name:
         monkeypatch.setattr(stand_ins.MLP, "float_head", True)
         monkeypatch.setattr(stand_ins.DeepMLP, "float_layers", {-1: ("lin1",)})
