@@ -118,7 +118,7 @@ def _is_int4(codes: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | Non
 
 def _int4_product(codes: torch.Tensor, group_size: int) -> _Product:
     table = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().int().contiguous(), 1)
-    last: tuple[_State | None, torch.Tensor] = (None, codes)
+    last: tuple[_State | None, torch.Tensor] = (None, torch.empty(0))
 
     def product(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         nonlocal last
