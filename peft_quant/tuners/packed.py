@@ -222,13 +222,18 @@ class PackedTuner(BaseTuner):
         _warn_if_mislabelled(formats)
         return formats
 
-    def _match_base(self, config: Any, packed_layers: dict[str, nn.Module]) -> None:
-        """Record the base an adapter is for, or refuse one that was trained on another."""
+    def _match_base(self, config: Any, packed_layers: dict[str, nn.Module]) -> dict[str, bytes]:
+        """Record the base an adapter is for, or refuse one that was trained on another.
+
+        Returns:
+            The digests of the layers to adapt, by name, or none without values.
+        """
         layers = {name: packed_layers[name] for name in self._formats}
         if any(gptq.packed_tensors(layer).qweight.is_meta for layer in layers.values()):
-            return
+            return {}
+        digests = {name: self._digest(name, layer, self._formats[name]) for name, layer in layers.items()}
         found = _describe_base(
-            list(self._formats.values()), checkpoint_format(self.model), self._fingerprint(layers, self._formats)
+            list(self._formats.values()), checkpoint_format(self.model), fingerprint(digests.values())
         )
         expected = config.base_quantization
         if expected is not None and expected.get("fingerprint") != found["fingerprint"]:
@@ -237,16 +242,13 @@ class PackedTuner(BaseTuner):
                 f"the base it was trained on ({config.base_model_name_or_path}), unchanged."
             )
         config.base_quantization = FilledIn(found) if expected is None else found
+        return digests
 
-    def _fingerprint(self, layers: dict[str, nn.Module], formats: dict[str, gptq.PackedFormat]) -> str:
-        """Of GPTQ layers, by their name, as they are without adapters."""
-        digests = []
-        for name, layer in layers.items():
-            adapted = self.model.get_submodule(name)
-            is_adapted = isinstance(adapted, AdaptedLinear)
-            tensors = adapted.base_tensors() if is_adapted else gptq.packed_tensors(layer)
-            digests.append(layer_digest(tensors, formats[name].bits, formats[name].zero_offset))
-        return fingerprint(digests)
+    def _digest(self, name: str, layer: nn.Module, packed: gptq.PackedFormat) -> bytes:
+        """Of a GPTQ layer as it is without adapters."""
+        adapted = self.model.get_submodule(name)
+        tensors = adapted.base_tensors() if isinstance(adapted, AdaptedLinear) else gptq.packed_tensors(layer)
+        return layer_digest(tensors, packed.bits, packed.zero_offset)
 
     def _create_and_replace(
         self,
