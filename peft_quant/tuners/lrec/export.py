@@ -47,19 +47,25 @@ def export_lora(
         with TemporaryDirectory() as saved:
             adapter.save_pretrained(saved, selected_adapters=[adapter_name])
             directory = saved if adapter_name == "default" else Path(saved, adapter_name)
-            return _export(directory, adapter.peft_config[adapter_name], out, token)
-    return _export(adapter, PeftConfig.from_pretrained(os.fspath(adapter), token=token), out, token)
+            written = PeftConfig.from_pretrained(os.fspath(directory))
+            return _export(directory, adapter.peft_config[adapter_name], written, out, token)
+    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    return _export(adapter, config, config, out, token)
 
 
 def _export(
-    adapter: str | os.PathLike[str], config: PeftConfig, out: str | os.PathLike[str], token: str | bool | None
+    adapter: str | os.PathLike[str],
+    config: PeftConfig,
+    written: PeftConfig,
+    out: str | os.PathLike[str],
+    token: str | bool | None,
 ) -> Path:
+    """`config` is the adapter's, `written` the one beside its weights: LoRA's for a model with `save_as_lora`."""
     if not isinstance(config, LRECConfig):
         raise ValueError(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
         )
-    saved = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
-    lora = saved.to_lora() if isinstance(saved, LRECConfig) else saved  # of a model with `save_as_lora`
+    lora = written.to_lora() if isinstance(written, LRECConfig) else written
     weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
     with new_directory(out) as directory:
         lora.save_pretrained(os.fspath(directory))
