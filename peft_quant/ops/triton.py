@@ -64,6 +64,17 @@ def _codes(q_ptr, unit, column, columns, mask, BITS: tl.constexpr, UNIT: tl.cons
 
 
 @triton.jit
+def _plus_one_in_every_field(words, BITS: tl.constexpr):
+    if BITS == 2:
+        words += 0x55555555
+    elif BITS == 4:
+        words += 0x11111111
+    else:
+        words += 0x01010101
+    return words
+
+
+@triton.jit
 def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl.constexpr):
     """Zero points as int32, in the common shape of `group` and `column`."""
     words = columns * BITS // 32
@@ -79,12 +90,7 @@ def _zero_points(z_ptr, group, column, columns, mask, BITS: tl.constexpr, V1: tl
         return ((value + V1) & 7).to(tl.int32)
     else:
         if V1:
-            if BITS == 2:
-                value += 0x55555555
-            elif BITS == 4:
-                value += 0x11111111
-            else:
-                value += 0x01010101
+            value = _plus_one_in_every_field(value, BITS)
         return ((value >> shift) & ((1 << BITS) - 1)).to(tl.int32)
 
 
@@ -109,12 +115,7 @@ def _zero_points_of_rows(
         shift = shift[None, None, :].to(tl.uint32)
         value = (value >> shift) | ((high << 1) << (31 - shift))
     elif V1:
-        if BITS == 2:
-            value += 0x55555555
-        elif BITS == 4:
-            value += 0x11111111
-        else:
-            value += 0x01010101
+        value = _plus_one_in_every_field(value, BITS)
     shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
     zeros = value[:, :, :, None] >> shifts[None, None, None, :]
     if BITS == 3:
