@@ -186,7 +186,7 @@ def change_decoder_models(tests: Any, method: str) -> dict[int, list]:
     options = {} if method == "peqa" else {"r": 8, "lora_alpha": 32}
     rows = [
         (config_class, {"task_type": "CAUSAL_LM", **options}),
-        (config_class, {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"], **options}),
+        (config_class, {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **options}),
     ]
     return {id(tests.PEFT_DECODER_MODELS_TO_TEST): [stand_ins.LLAMA, stand_ins.OPT], id(tests.ALL_CONFIGS): rows}
 
