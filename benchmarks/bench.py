@@ -25,6 +25,7 @@ import table
 
 LEAN = "--liger"
 FAST = f"{LEAN} --compile default --recompute-pointwise"
+LEANEST = f"{FAST} --max-fusion-buffers 5"
 GRAPHS = FAST.replace("default", "reduce-overhead")
 ADAM8 = "--optimizer adamw8bit"
 FULL = f"--checkpointing 1 {LEAN}"
@@ -54,12 +55,10 @@ CELLS = (
     # kept activations in CPU memory
     f"--peer ours --method lrec --checkpointing 1 --offload {FAST} {ADAM8}",
     f"--peer unsloth --method lora --checkpointing 1 --offload {ADAM8}",
-    # less memory for cuBLAS
-    f"--peer ours --method lrec --checkpointing 1 --small-workspace {FAST} {ADAM8}",
-    f"--peer ours --method lrec --bits 2 --checkpointing 1 --small-workspace {FAST} {ADAM8}",
-    f"--peer ours --method lrec --checkpointing 1 --offload --small-workspace {FAST} {ADAM8}",
-    f"--peer unsloth --method lora --checkpointing 1 --small-workspace {ADAM8}",
-    f"--peer unsloth --method lora --checkpointing 1 --offload --small-workspace {ADAM8}",
+    # fused kernels that hold fewer tensors
+    f"--peer ours --method lrec --checkpointing 1 {LEANEST} {ADAM8}",
+    f"--peer ours --method lrec --checkpointing 1 --offload {LEANEST} {ADAM8}",
+    f"--peer ours --method lrec --bits 2 --checkpointing 1 {LEANEST} {ADAM8}",
     # fewer bits
     f"--peer ours --method lrec --bits 2 --checkpointing 1 {FAST} {ADAM8}",
     f"--peer ours --method peqa --bits 3 --checkpointing 0 {FAST}",

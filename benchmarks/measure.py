@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import os
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from optimizers import make_optimizer
 from random_llama import SHAPES, VOCABULARY
 from record import append, versions
@@ -26,8 +26,6 @@ from peft_quant.ops import IGNORED, distillation_loss, top_k
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
-# of cuBLAS, in place of 32 MiB for each of its two interfaces
-SMALL_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2", "CUBLASLT_WORKSPACE_SIZE": "8192"}
 # what each peer packs, where --bits and --group do not say it
 FORMATS = {"peft": (16, None), "bitsandbytes": (4, 64), "unsloth": (4, 64)}
 # what all parameters of a model are, where all are trained
@@ -76,6 +74,8 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
     if cell.recompute_pointwise:
         torch._functorch.config.ban_recompute_materialized_backward = False
         torch._functorch.config.ban_recompute_used_far_apart = False
+    if cell.max_fusion_buffers:
+        torch._inductor.config.max_fusion_unique_io_buffers = cell.max_fusion_buffers
     if cell.compile:
         if not cell.liger and not cell.correction:
             base.loss_function = torch.compile(base.loss_function)
@@ -96,7 +96,7 @@ def offloading(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     from trl.models.activation_offloading import OffloadActivations
 
-    context = OffloadActivations()
+    context = OffloadActivations(max_fwd_stash_size=1)
     context.update_model_params(model)
     return context
 
@@ -119,8 +119,6 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     """
     if cell.profile and DEVICE == "cpu":
         sys.exit("--profile needs a GPU")
-    if cell.small_workspace:
-        os.environ.update(SMALL_WORKSPACE)
     torch.manual_seed(0)
     torch.compiler.reset()
     gc.collect()

@@ -67,7 +67,7 @@ def append(table: str, directory: Path, **row: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{table}.csv"
     with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         if stream.tell() == 0:
             writer.writeheader()
         writer.writerow({name: row.get(name) for name in columns})

@@ -26,7 +26,7 @@ SETTINGS = {
     "--offload": "offloaded",
     "--correction": "KL loss",
     "--rank 32": "rank 32",
-    "--small-workspace": "small workspace",
+    "--max-fusion-buffers 5": "5 buffers",
 }
 
 

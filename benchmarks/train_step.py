@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ from optimizers import OPTIMIZERS
 from peers import METHODS
 
 
-OWN_SETTINGS = ("compile", "liger", "recompute_pointwise")
+OWN_SETTINGS = ("compile", "liger", "recompute_pointwise", "max_fusion_buffers")
+# as importing gptqmodel or unsloth sets it: a tensor takes no more than its own bytes
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,7 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --compile: recompute all cheap results in backward, however far from their use",
     )
-    parser.add_argument("--small-workspace", action="store_true", help="8 MiB each for cuBLAS's two interfaces")
+    parser.add_argument(
+        "--max-fusion-buffers", type=int, help="with --compile: tensors a fused kernel may read and write (Inductor's)"
+    )
     parser.add_argument("--profile", action="store_true", help="on a GPU: print afterwards what its time went to")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser
