@@ -1,9 +1,9 @@
 """Decoding in plain PyTorch, a block of rows at a time, so that what is in flight stays in the CPU's cache.
 
-A *unit* is the run of codes that lies in 16 bits (12 at 3 bits). Among the bits of the float 2^23, the code at bit
-`i * b` of a unit makes the fp32 number `2^23 + q * 2^(i b)`. So one pass of `&` over the units makes floats of all
-codes, and a second one subtracts `2^23 + z * 2^(i b)`, which is exact, and multiplies by `scale / 2^(i b)`, which
-rounds as `scale * (q - z)` does (but for scales below 2^-110).
+A *unit* is the run of codes that lies in 16 bits (12 at 3 bits). Among the bits of the float `2^(23 - i b)`, the code
+at bit `i * b` of a unit makes the fp32 number `2^(23 - i b) + q`. So one pass of `&` over units, all exponent bits
+set, makes floats of all codes, and a second one subtracts `2^(23 - i b) + z`, which is exact, and multiplies by the
+scale.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from .packing import unpack_zeros
 # rows start on a multiple of 32 so that a block is whole words at every bit width
 ROW_ALIGNMENT = 32
 
-_FLOAT_2_23 = 0x4B000000
+_EXPONENT_BITS = 0x7F800000
 _UNIT_CODES = {2: 8, 3: 4, 4: 4, 8: 2}
-_MASKS = {
-    bits: torch.tensor([[_FLOAT_2_23 | ((1 << bits) - 1) << (i * bits)] for i in range(codes)], dtype=torch.int32)
-    for bits, codes in _UNIT_CODES.items()
+_OFFSETS = {
+    bits: torch.tensor([[2.0 ** (23 - i * bits)] for i in range(codes)]) for bits, codes in _UNIT_CODES.items()
 }
-_PLACES = {bits: torch.tensor([[2.0 ** (i * bits)] for i in range(codes)]) for bits, codes in _UNIT_CODES.items()}
+_MASKS = {
+    bits: offsets.view(torch.int32) | ((1 << bits) - 1) << bits * torch.arange(len(offsets)).int()[:, None]
+    for bits, offsets in _OFFSETS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,10 @@ class Decoder:
         self.bits = bits
         self.rows, self.columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
         self._mask = _MASKS[bits].to(qweight.device)
-        places = _PLACES[bits].to(qweight.device)
         zeros = unpack_zeros(qzeros, bits, zero_offset)
-        self._subtrahends = (zeros.float().unsqueeze(1) * places).add_(2.0**23)  # [G, codes of a unit, N]
-        factors = 0.5 / places  # one half for the factor of 2 in `mse_loss_backward`
-        if scales is None:
-            self._factors = factors.expand(len(zeros), -1, 1)
-        else:
-            self._factors = scales.float().unsqueeze(1) * factors
+        self._subtrahends = zeros.float().unsqueeze(1) + _OFFSETS[bits].to(qweight.device)  # [G, codes of a unit, N]
+        factors = torch.ones(len(zeros), 1, device=qweight.device) if scales is None else scales.float()
+        self._factors = factors * 0.5  # for the 2 in `mse_loss_backward`
 
     def decode(self, block: Block, out: torch.Tensor) -> torch.Tensor:
         """Write a block to `out`, fp32 `[rows of the block, N]` and contiguous; returns `out`."""
@@ -85,21 +83,21 @@ class Decoder:
         codes = len(self._mask)
         torch.bitwise_and(units, self._mask, out=out.view(torch.int32).view(-1, codes, self.columns))
         if isinstance(block.groups, slice):
-            subtrahends, factors = (t[block.groups].unsqueeze(1) for t in (self._subtrahends, self._factors))
+            subtrahends = self._subtrahends[block.groups].unsqueeze(1)
+            factors = self._factors[block.groups, None, None]
         else:
-            place = torch.arange(block.stop - block.start, device=out.device) % codes
-            index = block.groups.to(out.device) * codes + place
-            subtrahends, factors = (
-                t.reshape(-1, t.shape[-1])[index].view(1, -1, codes, t.shape[-1])
-                for t in (self._subtrahends, self._factors)
-            )
+            groups = block.groups.to(out.device)
+            place = torch.arange(len(groups), device=out.device) % codes
+            subtrahends = self._subtrahends.flatten(0, 1).index_select(0, groups * codes + place)
+            factors = self._factors.index_select(0, groups)
+            subtrahends, factors = (t.view(1, -1, codes, t.shape[-1]) for t in (subtrahends, factors))
         values = out.view(len(subtrahends), -1, codes, self.columns)
         # 2 * (values - subtrahends) * factors in one pass
         torch.ops.aten.mse_loss_backward.grad_input(factors, values, subtrahends, 0, grad_input=values)
         return out
 
     def _units(self, words: torch.Tensor) -> torch.Tensor:
-        """The block's units, each with the bits of 2^23 set, int32 `[units, 1, N]`."""
+        """The block's units, each with all exponent bits set, int32 `[units, 1, N]`."""
         if self.bits == 3:
             words = words.view(-1, 3, self.columns)
             units = words.new_empty(len(words), 8, self.columns)
@@ -109,9 +107,9 @@ class Decoder:
                 if shift > 20:
                     low_bits = 32 - shift
                     units[:, i].bitwise_and_((1 << low_bits) - 1).bitwise_or_(words[:, word + 1] << low_bits)
-            units.bitwise_or_(_FLOAT_2_23)
+            units.bitwise_or_(_EXPONENT_BITS)
         else:
             units = words.new_empty(len(words), 2, self.columns)
-            torch.bitwise_or(words, _FLOAT_2_23, out=units[:, 0])
-            torch.bitwise_right_shift(words, 16, out=units[:, 1]).bitwise_or_(_FLOAT_2_23)
+            torch.bitwise_or(words, _EXPONENT_BITS, out=units[:, 0])
+            torch.bitwise_right_shift(words, 16, out=units[:, 1]).bitwise_or_(_EXPONENT_BITS)
         return units.view(-1, 1, self.columns)
