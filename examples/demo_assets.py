@@ -79,7 +79,8 @@ def gptq_model(cache: Path = CACHE) -> Path:
     if not path.exists():
         tokenizer = AutoTokenizer.from_pretrained(float_model(cache))
         calibration = tokenizer.batch_decode(windows(tokenizer, wikipedia(cache)[0], 256, 16))
-        quantize_checkpoint(float_model(cache), path, calibration, bits=4, group_size=64)
+        state = path.with_name(f"{path.name}.unfinished")
+        quantize_checkpoint(float_model(cache), path, calibration, bits=4, group_size=64, state=state)
     return path
 
 

@@ -103,6 +103,7 @@ class Run:
             bits=self.arguments.bits,
             group_size=self.arguments.group_size,
             symmetric=not self.arguments.asymmetric,
+            state=self.base.with_name(f"{self.base.name}.unfinished"),
         )
 
     def adapter(self, name: str) -> Path:
