@@ -1,15 +1,17 @@
-"""What the cells of `train_step.py` step with."""
+"""What the cells of `train_step.py` step with. Packages are imported where they are used: a peer's comes first."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 
-from peft_quant import QuantizedLion
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peft_quant import QuantizedLion
 
 
 LEARNING_RATE = 1e-5
@@ -22,6 +24,8 @@ def make_optimizer(cell: argparse.Namespace, parameters: list[nn.Parameter]) -> 
     A `qft-stack` step clips by the norm of all gradients, which the mode is for.
     """
     if cell.method.startswith("qft"):
+        from peft_quant import QuantizedLion
+
         fused = cell.method == "qft-fused"
         return _Clipping(QuantizedLion(parameters, LEARNING_RATE, fused=fused), None if fused else MAX_NORM)
     make = _CLASSES[cell.optimizer]
@@ -29,7 +33,9 @@ def make_optimizer(cell: argparse.Namespace, parameters: list[nn.Parameter]) -> 
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=parameters[0].is_cuda)
+    from torch.optim import AdamW
+
+    return AdamW(parameters, lr=LEARNING_RATE, fused=parameters[0].is_cuda)
 
 
 def _adamw_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -51,7 +57,9 @@ def _lion_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=LEARNING_RATE, foreach=False)
+    from torch.optim import SGD
+
+    return SGD(parameters, lr=LEARNING_RATE, foreach=False)
 
 
 _CLASSES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -35,7 +35,7 @@ from peers import METHODS
 
 
 OWN_SETTINGS = ("compile", "liger", "recompute_pointwise", "max_fusion_buffers")
-# as importing gptqmodel or unsloth sets it: a tensor takes no more than its own bytes
+# as importing gptqmodel or unsloth sets it, before torch: a tensor takes no more than its own bytes
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 

@@ -21,6 +21,11 @@ def run(script, *arguments):
     return result.stdout
 
 
+def test_nothing_is_imported_before_a_peer_patches_it():
+    seen = "import sys, train_step; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", seen], cwd=BENCHMARKS, text=True) == "set()\n"
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
