@@ -32,6 +32,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_quant.gptq.checkpoint import new_directory
+from peft_quant.gptq.finished_layers import state_beside
 from peft_quant.gptq.quantize import quantize_checkpoint
 
 
@@ -79,7 +80,7 @@ def gptq_model(cache: Path = CACHE) -> Path:
     if not path.exists():
         tokenizer = AutoTokenizer.from_pretrained(float_model(cache))
         calibration = tokenizer.batch_decode(windows(tokenizer, wikipedia(cache)[0], 256, 16))
-        state = path.with_name(f"{path.name}.unfinished")
+        state = state_beside(path)
         quantize_checkpoint(float_model(cache), path, calibration, bits=4, group_size=64, state=state)
     return path
 

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_d
 
 import peft_quant
 from peft_quant.loading import load_model
+from peft_quant.gptq.finished_layers import state_beside
 from peft_quant.gptq.quantize import quantize_checkpoint
 
 
@@ -103,7 +104,7 @@ class Run:
             bits=self.arguments.bits,
             group_size=self.arguments.group_size,
             symmetric=not self.arguments.asymmetric,
-            state=self.base.with_name(f"{self.base.name}.unfinished"),
+            state=state_beside(self.base),
         )
 
     def adapter(self, name: str) -> Path:

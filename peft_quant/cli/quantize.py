@@ -45,13 +45,13 @@ def quantize(
     import torch
 
     from ..gptq.checkpoint import refuse_existing
-    from ..gptq.finished_layers import count_finished
+    from ..gptq.finished_layers import count_finished, state_beside
     from ..gptq.quantize import quantize_checkpoint
     from ..loading import load_tokenizer
     from ..text import read_texts, token_windows
 
     refuse_existing(out)
-    state = out.with_name(f"{out.name}.unfinished")
+    state = state_beside(out)
     if state.exists() and not resume:
         raise FileExistsError(f"{state} is of a run that was interrupted: go on there with --resume, or remove it.")
     if resume:

@@ -144,6 +144,11 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{directory} holds no layers of an interrupted quantization: remove it.") from error
 
 
+def state_beside(out: Path) -> Path:
+    """The directory of finished layers of a checkpoint that is to be written at `out`: `OUT.unfinished`."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
 def count_finished(directory: str | os.PathLike[str]) -> tuple[int, int]:
     """How many layers a directory of [`FinishedLayers`] has, and how many the model has.
 
