@@ -288,8 +288,10 @@ def is_ours(item: Any, method: str) -> bool:
     classes = TESTS[item.module.__name__.rpartition(".")[2]]
     if classes is not None and (item.cls is None or item.cls.__name__ not in classes):
         return False
-    if method != "lora" and (DEFAULT_NAMES.match(item.name) or item.name == DEFAULT_ALL_LINEAR):
-        return item.name == DEFAULT_ALL_LINEAR
+    if method != "lora" and item.name == DEFAULT_ALL_LINEAR:
+        return True
+    if method != "lora" and DEFAULT_NAMES.match(item.name):
+        return False
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     mentioned = mentions(list(parameters.values()), METHODS[method][0])
     text = item.name if mentioned and ROWS & parameters.keys() else item.name + inspect.getsource(item.function)
