@@ -119,6 +119,10 @@ def register_methods() -> None:
     """
     require_supported_peft()
     from . import gptq, qft, report  # noqa: F401
+    from .gptq.loading import GPTQCheckpointQuantizer
+    from .registry import replace_quantizer
+
+    replace_quantizer("gptq", GPTQCheckpointQuantizer)
     from .tuners import hotswap, lrec, peqa  # noqa: F401
 
 

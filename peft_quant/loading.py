@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
+
+from .gptq.checkpoint import LEGACY_CONFIG
+from .gptq.source import require_whole
 
 
 def load_model(
@@ -31,6 +34,7 @@ def load_model(
     Raises:
         OSError: there is no such checkpoint.
         ValueError: the adapter names no base, or another one than it was trained on.
+        InvalidCheckpointError: layers that are packed in the files are not in the model, or the reverse.
     """
     base = adapter_base(name)
     if base is not None:
@@ -41,7 +45,9 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cpu":
         options["device_map"] = device
-    return AutoModelForCausalLM.from_pretrained(os.fspath(name), dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(os.fspath(name), dtype=dtype, **options)
+    require_whole(model)
+    return model
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
@@ -67,7 +73,13 @@ def adapter_base(name: str | os.PathLike[str]) -> str | None:
 
 
 def quantization_of(name: str | os.PathLike[str]) -> str | None:
-    """`quant_method` of a checkpoint, from its `config.json`; None of a float one."""
+    """`quant_method` of a checkpoint, from its config; None of a float one."""
     config = getattr(AutoConfig.from_pretrained(os.fspath(name)), "quantization_config", None) or {}
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    if method is None and _has_legacy_config(name):
+        return "gptq"
     return None if method is None else str(getattr(method, "value", method))
+
+
+def _has_legacy_config(name: str | os.PathLike[str]) -> bool:
+    return cached_file(os.fspath(name), LEGACY_CONFIG, _raise_exceptions_for_missing_entries=False) is not None

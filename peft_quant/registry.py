@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,6 +92,57 @@ def register_quantization(method: str, config_class: type[Any], quantizer_class:
         )
     register_quantization_config(method)(config_class)
     register_quantizer(method)(quantizer_class)
+
+
+def replace_quantizer(method: str, quantizer_class: type[HfQuantizer]) -> None:
+    """Let transformers load the checkpoints of a quantization by a class derived from its own. Idempotent.
+
+    Where another package has put its own quantizer in that place, it stays.
+
+    Args:
+        method: the `quant_method` of the checkpoints.
+        quantizer_class: derived from transformers' own quantizer.
+    """
+    if issubclass(quantizer_class, AUTO_QUANTIZER_MAPPING[method]):
+        AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+AdapterCheck = Callable[[PreTrainedModel | PeftModel, str, str, PeftConfig | None, dict[str, Any]], None]
+
+_CHECKS = "_peft_quant_checks_adapters"
+
+
+def check_adapters(check: AdapterCheck) -> None:
+    """Have each saved adapter checked before its weights are loaded, by PEFT or by transformers. Idempotent.
+
+    Args:
+        check: `check(model, path, adapter_name, config, hub_options)`, given the directory or Hub id of the adapter,
+            the configuration that it is to be loaded under instead of its own, if there is one, and options for the
+            Hub.
+    """
+    model_class: Any = PreTrainedModel
+    if _CHECKS in vars(PeftModel):
+        return
+    setattr(PeftModel, _CHECKS, True)
+    stock_of_peft, stock_of_transformers = PeftModel.load_adapter, model_class.load_adapter
+
+    @wraps(stock_of_peft)
+    def load_into_peft_model(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        hub_options = self._split_kwargs(kwargs)[0]
+        check(self, os.fspath(model_id), adapter_name, self.peft_config.get(adapter_name), hub_options)
+        return stock_of_peft(self, model_id, adapter_name, *args, **kwargs)
+
+    @wraps(stock_of_transformers)
+    def load_into_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature(stock_of_transformers).bind(self, *args, **kwargs).arguments
+        path = given.get("peft_model_id") or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
+        if path is not None and given.get("adapter_state_dict") is None:
+            name = given.get("adapter_name") or "default"
+            check(self, os.fspath(path), name, given.get("peft_config"), dict(given.get("adapter_kwargs") or {}))
+        return stock_of_transformers(self, *args, **kwargs)
+
+    PeftModel.load_adapter = load_into_peft_model
+    model_class.load_adapter = load_into_model
 
 
 CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]

@@ -29,6 +29,9 @@ def quantize(
     act_order: Annotated[
         bool, typer.Option("--act-order", help="Columns by decreasing activation (desc_act).")
     ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Name or ending of layers to leave in float; may be given again.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the layers in OUT.unfinished; give the same options again.")
     ] = False,
@@ -71,6 +74,7 @@ def quantize(
             group_size=group_size,
             symmetric=not asymmetric,
             act_order=act_order,
+            exclude=exclude or (),
             state=state,
         )
     except KeyboardInterrupt:

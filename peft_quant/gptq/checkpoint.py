@@ -1,63 +1,158 @@
-"""GPTQ checkpoints as files: reading tensors by name, and copying a checkpoint with some tensors replaced."""
+"""GPTQ checkpoints as files: what `from_pretrained` reads of a directory, and copies with some tensors replaced."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .check import InvalidCheckpointError
+from .check import InvalidCheckpointError, PackedTensors
 
+
+LEGACY_CONFIG = "quantize_config.json"
+"""Where auto-gptq wrote what is now `quantization_config` in `config.json`."""
 
 _HEADER_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # of the format, in bytes
+_OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 Replacement = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: as the format names it, such as `"F16"` and `"I32"`.
+        shape: of the tensor.
+        begin: its first byte in the file.
+        end: the byte behind its last one.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            InvalidCheckpointError: its dtype is not known, or its bytes are not as many as its shape takes.
+        """
+        dtype, size = _DTYPES.get(self.dtype), self.end - self.begin
+        if dtype is None or math.prod(self.shape) * dtype.itemsize != size:
+            raise InvalidCheckpointError(
+                f"{self.file} has a tensor of {self.dtype} {self.shape} in {size} bytes, which cannot be read: it is "
+                "damaged, download it again."
+            )
+        if not size:
+            return torch.empty(self.shape, dtype=dtype)
+        content = bytearray(size)
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin)
+            stream.readinto(content)
+        return torch.frombuffer(content, dtype=dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A directory with `config.json` and `*.safetensors` shards.
+    """A directory with a `config.json` and the safetensors files that `from_pretrained` reads.
 
     Attributes:
         directory: where it lies.
         config: the parsed `config.json`.
-        shards: the file that holds each tensor, by tensor name.
+        tensors: where each tensor lies, by name.
+        unread: further files of the same weights in the directory, which `from_pretrained` does not read.
     """
 
     directory: Path
     config: dict[str, Any]
-    shards: dict[str, Path]
+    tensors: dict[str, StoredTensor]
+    unread: tuple[Path, ...] = ()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
-        """Open a checkpoint after checking that every shard is whole.
+        """Open a checkpoint after checking that every file of it is there and whole.
+
+        As in `from_pretrained`, the weights are the file that `transformers_weights` in `config.json` names, or else
+        `model.safetensors`, or else the files that `model.safetensors.index.json` names.
 
         Raises:
-            FileNotFoundError: no `config.json` or no `*.safetensors` file.
-            InvalidCheckpointError: a shard is truncated or not a safetensors file.
+            FileNotFoundError: no `config.json`, or no weights under these names.
+            InvalidCheckpointError: a file is damaged, a shard or a tensor of the index is missing, or two shards have
+                the same tensor.
         """
         directory = Path(directory)
         config_file = directory / "config.json"
         if not config_file.is_file():
             raise FileNotFoundError(f"{directory} has no config.json: pass the directory of a checkpoint.")
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{directory} has no *.safetensors file. Checkpoints in pickle format (*.bin, *.pt) are not read: "
-                "load the model with transformers and save it with `save_pretrained` first."
-            )
-        shards = {name: file for file in files for name in read_header(file)[0]}
-        return cls(directory, json.loads(config_file.read_text(encoding="utf-8")), shards)
+        config = read_json(config_file)
+        files, index = _weight_files(directory, config)
+        tensors = read_tensors(files)
+        if index is not None:
+            missing = sorted(index.keys() - tensors.keys())
+            if missing:
+                raise InvalidCheckpointError(
+                    f"{len(missing)} tensors that {directory / SAFE_WEIGHTS_INDEX_NAME} names are missing, "
+                    f"{missing[0]} first, which should be in {index[missing[0]]}: download the checkpoint again."
+                )
+        return cls(directory, config, tensors, _unread_weights(directory, tensors))
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Checkpoint:
+        """The checkpoint of files that `from_pretrained` has read.
+
+        Raises:
+            InvalidCheckpointError: a file is damaged.
+        """
+        directory = files[0].parent
+        config_file = directory / "config.json"
+        return cls(directory, read_json(config_file) if config_file.is_file() else {}, read_tensors(files))
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization config: of `config.json`, or of the `quantize_config.json` of auto-gptq's checkpoints."""
+        return quantization_config(self.directory, self.config)
+
+    @cached_property
+    def packed_layers(self) -> list[str]:
+        """The names of the layers whose weights are packed, in the order of the files."""
+        return packed_layers(self.tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -65,17 +160,34 @@ class Checkpoint:
         Raises:
             KeyError: the checkpoint has no tensor of that name.
         """
-        if name not in self.shards:
+        if name not in self.tensors:
             raise KeyError(f"{self.directory} has no tensor named {name!r}.")
-        with safe_open(self.shards[name], framework="pt") as shard:
-            return shard.get_tensor(name)
+        return self.tensors[name].read()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, from its file's header."""
-        with safe_open(self.shards[name], framework="pt") as shard:
-            return tuple(shard.get_slice(name).get_shape())
+    def packed(self, layer: str) -> PackedTensors:
+        """The tensors of a packed layer. Without a `g_idx`, as GPTQ-for-LLaMa wrote files, rows are in order.
 
-    def copy_with(self, target: Path, names: set[str], replacement: Replacement) -> None:
+        Raises:
+            InvalidCheckpointError: the layer lacks a tensor.
+        """
+        missing = [part for part in ("qweight", "qzeros", "scales") if f"{layer}.{part}" not in self.tensors]
+        declared = self.quantization or {}
+        has_order = f"{layer}.g_idx" in self.tensors
+        if not has_order and declared.get("desc_act"):
+            missing.append("g_idx")
+        if missing:
+            raise InvalidCheckpointError(
+                f"{layer} has no {' and no '.join(missing)} in {self.directory}: download the checkpoint again."
+            )
+        qweight, qzeros, scales = (self.tensor(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales"))
+        if has_order:
+            return PackedTensors(qweight, qzeros, scales, self.tensor(f"{layer}.g_idx"))
+        in_features = qweight.shape[0] * scales.shape[-1] // max(qzeros.shape[-1], 1)  # whose bits cancel
+        size = group_size(in_features, scales.shape[0], declared.get("group_size") or -1)
+        g_idx = torch.arange(in_features, dtype=torch.int32) // (size if size > 0 else in_features)
+        return PackedTensors(qweight, qzeros, scales, g_idx)
+
+    def copy_with(self, target: Path, names: Iterable[str], replacement: Replacement) -> None:
         """Copy the checkpoint to an existing, empty directory, with some tensors replaced and all else byte-equal.
 
         Args:
@@ -85,6 +197,9 @@ class Checkpoint:
         Raises:
             ValueError: a replacement has another shape or dtype than the tensor in the file.
         """
+        replaced: dict[Path, list[str]] = {}
+        for name in sorted(names, key=lambda name: self.tensors[name].begin):
+            replaced.setdefault(self.tensors[name].file, []).append(name)
         entries = [entry for entry in sorted(self.directory.iterdir()) if not entry.name.startswith(".")]
         size = sum(entry.stat().st_size for entry in entries if entry.is_file())
         with tqdm(total=size, desc=f"writing {self.directory.name}", unit="B", unit_scale=True) as progress:
@@ -93,50 +208,157 @@ class Checkpoint:
                     shutil.copytree(entry, target / entry.name)
                     continue
                 shutil.copyfile(entry, target / entry.name)
-                if entry.suffix == ".safetensors":
-                    _replace_tensors(target / entry.name, names, replacement)
+                if entry in replaced:
+                    with (target / entry.name).open("r+b") as stream:
+                        for name in replaced[entry]:
+                            stream.seek(self.tensors[name].begin)
+                            stream.write(self._replaced(name, replacement))
                 progress.update(entry.stat().st_size)
 
+    def _replaced(self, name: str, replacement: Replacement) -> bytes:
+        old = self.tensor(name)
+        new = replacement(name, old).detach().cpu().contiguous()
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"{name} is {old.dtype} of shape {tuple(old.shape)} in {self.tensors[name].file.name}, its "
+                f"replacement is {new.dtype} of shape {tuple(new.shape)}."
+            )
+        return new.view(torch.uint8).numpy().tobytes()
 
-def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Tensor entries of a safetensors file and where its data begins (format: length, JSON header, data).
+
+def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a JSON file.
 
     Raises:
-        InvalidCheckpointError: the file is truncated or not a safetensors file.
+        InvalidCheckpointError: naming the file, if it holds anything else.
     """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{file} is not JSON ({error}): it is damaged, download it again.") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpointError(f"{file} holds a {type(content).__name__}, not a mapping: download it again.")
+    return content
+
+
+def quantization_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization config of a checkpoint, given its `config.json`; None if it has none.
+
+    That of a model of several ones may lie in `text_config`. auto-gptq's `quantize_config.json` counts as one too.
+    """
+    for holder in (config, config.get("text_config")):
+        found = holder.get("quantization_config") if isinstance(holder, dict) else None
+        if isinstance(found, dict):
+            return found
+    legacy = directory / LEGACY_CONFIG
+    return {"quant_method": "gptq", **read_json(legacy)} if legacy.is_file() else None
+
+
+def group_size(in_features: int, groups: int, declared: int) -> int:
+    """In-features that share a scale, -1 if all do: as declared, unless that gives another number of groups."""
+    if declared > 0 and -(-in_features // declared) == groups:
+        return declared
+    return -1 if groups == 1 else -(-in_features // groups)
+
+
+def packed_layers(names: Iterable[str]) -> list[str]:
+    """The names of the layers that a checkpoint with tensors of these names has packed."""
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+def read_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTensor]:
+    """Where each tensor of a checkpoint's safetensors files lies, by name.
+
+    Raises:
+        InvalidCheckpointError: a file is truncated or not a safetensors file, or two have the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in map(Path, files):
+        for name, tensor in _read_header(file).items():
+            if name in tensors:
+                raise InvalidCheckpointError(
+                    f"{name} is in {tensors[name].file.name} and in {file.name} of {file.parent}: the checkpoint was "
+                    "put together from two. Download it again."
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _weight_files(directory: Path, config: dict[str, Any]) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files that `from_pretrained` reads, and the index that lists their tensors, if there is one."""
+    named = config.get("transformers_weights")
+    first = directory / named if isinstance(named, str) else directory / SAFE_WEIGHTS_NAME
+    index_file = first if first.name.endswith(".index.json") else directory / SAFE_WEIGHTS_INDEX_NAME
+    if first.is_file() and first != index_file:
+        return [first], None
+    if not index_file.is_file():
+        raise FileNotFoundError(_no_weights(directory))
+    index = read_json(index_file).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise InvalidCheckpointError(f"{index_file} has no `weight_map` of names: download it again.")
+    files = []
+    for name in sorted(set(index.values())):
+        file = directory / name
+        if Path(name).name != name or not file.is_file():
+            raise InvalidCheckpointError(
+                f"{index_file} names the shard {name!r}, which {directory} does not have: download it again."
+            )
+        files.append(file)
+    return files, index
+
+
+def _no_weights(directory: Path) -> str:
+    found = sorted(file.name for file in directory.glob("*.safetensors"))
+    if len(found) == 1:
+        return (
+            f"{directory} has no {SAFE_WEIGHTS_NAME}, which is where `from_pretrained` looks. If {found[0]} is the "
+            f"whole model, rename it to {SAFE_WEIGHTS_NAME}."
+        )
+    if found:
+        return (
+            f"{directory} has {', '.join(found)} and neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, "
+            "which are what `from_pretrained` reads: download the checkpoint again."
+        )
+    return (
+        f"{directory} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Checkpoints in pickle format "
+        "(*.bin, *.pt) are not read: load the model with transformers and save it with `save_pretrained` first."
+    )
+
+
+def _unread_weights(directory: Path, tensors: Mapping[str, StoredTensor]) -> tuple[Path, ...]:
+    """Files that hold the same tensors, and those of other formats, whose tensors are not looked at."""
+    unread = {file for pattern in _OTHER_FORMATS for file in directory.glob(pattern)}
+    for file in set(directory.glob("*.safetensors")) - {tensor.file for tensor in tensors.values()}:
+        if not tensors.keys().isdisjoint(_read_header(file)):
+            unread.add(file)
+    return tuple(sorted(unread))
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies (format: length of the header, header in JSON, data)."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
-        data_start = _HEADER_LENGTH_BYTES + length
-        try:
-            header = json.loads(stream.read(length)) if data_start <= size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).")
-    header.pop("__metadata__", None)
-    expected = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        start = _HEADER_LENGTH_BYTES + length
+        if start > size or length > _LONGEST_HEADER:
+            raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).")
+        header = stream.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
+            for name, entry in entries.items()
+            for begin, end in [entry["data_offsets"]]
+        }
+        expected = max((tensor.end for tensor in tensors.values()), default=start)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).") from error
     if size != expected:
         raise InvalidCheckpointError(
             f"{file} is truncated or damaged: it has {size} bytes, its header describes {expected}. Download it again."
         )
-    return header, data_start
-
-
-def _replace_tensors(file: Path, names: set[str], replacement: Replacement) -> None:
-    header, data_start = read_header(file)
-    for name in sorted(names & header.keys(), key=lambda name: header[name]["data_offsets"]):
-        with safe_open(file, framework="pt") as shard:
-            old = shard.get_tensor(name).clone()
-        new = replacement(name, old).detach().cpu().contiguous()
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise ValueError(
-                f"{name} is {old.dtype} of shape {tuple(old.shape)} in {file.name}, its replacement is {new.dtype} of "
-                f"shape {tuple(new.shape)}."
-            )
-        with file.open("r+b") as stream:
-            stream.seek(data_start + header[name]["data_offsets"][0])
-            stream.write(new.view(torch.uint8).numpy().tobytes())
+    return tensors
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> Path:

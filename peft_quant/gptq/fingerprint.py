@@ -1,29 +1,51 @@
-"""A short name for the packed weights an adapter was trained on."""
+"""Short names for the base an adapter was trained on: of its packed layers, and of its whole checkpoint.
+
+Both are SHA-256 of every value. Neither depends on the device, the zero point format or how tensors are spread over
+files. The first is of layers in memory or in files; the second is of files alone, as embeddings, norms and heads may
+be in another dtype in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from ..ops.packing import convert_zeros
+from ..ops.packing import WORD_BITS, convert_zeros
 from .check import PackedTensors
+from .checkpoint import read_tensors
 
 
 _SAMPLES = 256
+_SAMPLED_LENGTH = 32  # hexadecimal characters; those of every value have 64
+
+Item = TypeVar("Item")
 
 
-def layer_digest(tensors: PackedTensors, bits: int, zero_offset: int) -> bytes:
-    """SHA-256 of a layer's shapes and of evenly spaced samples of its tensors.
+def layer_digest(tensors: PackedTensors, bits: int, zero_offset: int, *, sampled: bool = False) -> bytes:
+    """SHA-256 of a layer's shapes and values, whatever its name.
 
-    It does not depend on the device, the layer's name or the zero point format, so that a file, the model loaded from
-    it and the same checkpoint in the other format agree.
+    Args:
+        tensors: of the layer.
+        bits: of its codes.
+        zero_offset: what its zero points are stored short of.
+        sampled: read evenly spaced values alone, as adapters of older versions recorded it.
     """
-    tensors = tensors._replace(qzeros=convert_zeros(tensors.qzeros, bits, zero_offset, 0))
+    tensors = tensors._replace(
+        qzeros=convert_zeros(tensors.qzeros, bits, zero_offset, 0), g_idx=tensors.g_idx.to(torch.int32)
+    )
     digest = hashlib.sha256(f"{bits} {tensors.scales.dtype}".encode())
     for tensor in tensors:
-        update_with_samples(digest, tensor)
+        if sampled:
+            update_with_samples(digest, tensor)
+        else:
+            _update(digest, tensor)
     return digest.digest()
 
 
@@ -37,6 +59,60 @@ def update_with_samples(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
     digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def fingerprint(digests: Iterable[bytes]) -> str:
-    """Combine the digests of an adapter's layers, in any order, into 32 hexadecimal characters."""
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
+def fingerprint(digests: Iterable[bytes], *, sampled: bool = False) -> str:
+    """Combine the digests of an adapter's layers, in any order, into 64 hexadecimal characters; 32 if `sampled`."""
+    combined = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+    return combined[:_SAMPLED_LENGTH] if sampled else combined
+
+
+def is_sampled(recorded: str) -> bool:
+    """Whether a recorded fingerprint is of samples, as older versions made it."""
+    return len(recorded) == _SAMPLED_LENGTH
+
+
+def in_parallel(function: Callable[[Item], bytes], items: Iterable[Item]) -> list[bytes]:
+    """The digests of some items, on as many threads as there are processors: hashing releases the interpreter."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(function, items))
+
+
+def checkpoint_digest(files: Iterable[Path], zero_offset: int) -> str:
+    """SHA-256 of the names, shapes and values of all tensors of a checkpoint, as 64 hexadecimal characters.
+
+    Floating point tensors of other layers than packed ones count by value, not by dtype. The digest of files that have
+    not changed since is remembered.
+
+    Args:
+        files: the safetensors files.
+        zero_offset: what their zero points are stored short of.
+    """
+    return _checkpoint_digest(
+        tuple((file, (status := file.stat()).st_size, status.st_mtime_ns) for file in sorted(files)), zero_offset
+    )
+
+
+@lru_cache(maxsize=16)
+def _checkpoint_digest(files: tuple[tuple[Path, int, int], ...], zero_offset: int) -> str:
+    tensors = read_tensors([file for file, _, _ in files])
+
+    def digest_of(name: str) -> bytes:
+        tensor = tensors[name].read()
+        layer, _, part = name.rpartition(".")
+        if part == "qzeros" and f"{layer}.scales" in tensors:
+            bits = tensor.shape[1] * WORD_BITS // tensors[f"{layer}.scales"].shape[-1]
+            tensor = convert_zeros(tensor, bits, zero_offset, 0)
+        elif part == "g_idx":
+            tensor = tensor.to(torch.int32)
+        elif tensor.is_floating_point() and f"{layer}.qweight" not in tensors:
+            tensor = tensor.float()
+        digest = hashlib.sha256(name.encode())
+        _update(digest, tensor)
+        return digest.digest()
+
+    return hashlib.sha256(b"".join(in_parallel(digest_of, sorted(tensors)))).hexdigest()
+
+
+def _update(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
+    digest.update(str(tuple(tensor.shape)).encode())
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest.update(values)

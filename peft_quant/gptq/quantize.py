@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from .checkpoint import new_directory
 from .finished_layers import kept
+from .names import of_experts
+from .source import packed_modules
 from .zero_points import keep_checkpoint_format
+
+
+_PACKED_TOGETHER = 32
+"""In- and out-features that gptqmodel packs at once, in every width."""
 
 
 def quantize_checkpoint(
@@ -25,13 +38,19 @@ def quantize_checkpoint(
     group_size: int = 128,
     symmetric: bool = True,
     act_order: bool = False,
+    exclude: Sequence[str] = (),
     state: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Quantize a float model to a GPTQ checkpoint (Frantar et al., 2022, arXiv 2210.17323).
+    """Quantize a float causal language model to a GPTQ checkpoint (Frantar et al., 2022, arXiv 2210.17323).
 
     Uses transformers' `GPTQConfig`. Symmetric checkpoints are written in the `gptq` (v1) format, which every engine
     reads; asymmetric ones in `gptq_v2`, which stores every zero point exactly. What is not quantized (embeddings,
-    norms, output head) keeps the dtype of the float checkpoint.
+    norms, routers, output head) keeps the dtype of the float checkpoint.
+
+    The experts of a mixture are taken apart first, by defuser, and are quantized one by one, all layers of a block on
+    the inputs of the float ones; experts that no calibration token reaches are rounded to nearest. In the files they
+    have the names of float checkpoints. transformers loads them after `import peft_quant`, gptqmodel and vLLM as they
+    are.
 
     With `state`, each layer is kept there once it is finished. Interrupted, it goes on after the last one when called
     again with the same arguments, and on the same device with as many threads writes the same checkpoint to the bit.
@@ -45,6 +64,7 @@ def quantize_checkpoint(
         group_size: in-features that share a scale, or -1 for one scale per output channel.
         symmetric: fix every zero point at `2 ** (bits - 1)`.
         act_order: quantize columns in the order of decreasing activation (`desc_act`).
+        exclude: names or name endings of layers to leave in float.
         state: directory for finished layers; new, or one that an interrupted call left. It is removed at the end.
 
     Returns:
@@ -52,38 +72,52 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: no calibration text, options GPTQ does not support, a model that is quantized already, or a `state`
-            of another model, calibration or version, or with other options.
+        ValueError: no calibration text, options GPTQ does not support, a model that is quantized already or whose
+            GPTQ checkpoint transformers does not load, a layer that cannot be packed, or a `state` of another model,
+            calibration or version, or with other options. Nothing is calibrated then.
     """
     if not calibration:
         raise ValueError("GPTQ needs calibration texts, got none.")
     float_config = AutoConfig.from_pretrained(model)
-    if getattr(float_config, "quantization_config", None) is not None:
-        raise ValueError(f"{model} is quantized already: give the float model that it was made of.")
+    _require_quantizable(os.fspath(model), float_config)
     with new_directory(out) as directory:
+        quantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        has_experts = _take_experts_apart(quantized)
         config = GPTQConfig(
             bits=bits,
             group_size=group_size,
             sym=symmetric,
             desc_act=act_order,
             act_group_aware=group_size > 0 and not act_order,
+            true_sequential=not has_experts,
             dataset=calibration,
             tokenizer=os.fspath(model),
             backend="gptq_torch",
         )
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
         quantizer.validate_environment()
-        quantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         quantizer.preprocess_model(quantized)
-        options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order}
-        with kept(quantized, state, calibration, options) if state is not None else nullcontext():
-            quantizer.postprocess_model(quantized)
+        options: dict[str, Any] = {
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "act_order": act_order,
+        }
+        if exclude:
+            options["exclude"] = sorted(exclude)
+        with _left_out(quantized, exclude):
+            _require_packable(quantized, quantizer.optimum_quantizer)
+            with kept(quantized, state, calibration, options) if state is not None else nullcontext():
+                quantizer.postprocess_model(quantized)
         quantized.hf_quantizer = quantizer
-        written = quantized.config.quantization_config
+        written: Any = quantized.config.quantization_config
         written.dataset = None  # its texts would be written to config.json
         written.tokenizer = None
         written.backend = "auto"
         written.format = "gptq" if symmetric else "gptq_v2"
+        if exclude:
+            written.dynamic = {rf"-:.*\.?{re.escape(name)}$": {} for name in exclude}  # for gptqmodel and vLLM
+            written.modules_in_block_to_quantize = [_packed_in_blocks(quantized)]  # for transformers
         keep_checkpoint_format(quantized)
         for parameter in quantized.parameters():
             parameter.data = parameter.data.to(float_config.dtype)
@@ -92,3 +126,123 @@ def quantize_checkpoint(
     if state is not None and Path(state).exists():
         shutil.rmtree(state)
     return Path(out)
+
+
+def _require_quantizable(model: str, config: Any) -> None:
+    """Check what can be told before the weights are read."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{model} is quantized already: give the float model that it was made of.")
+    classes: Any = AutoModelForCausalLM._model_mapping
+    expected = classes[type(config)].__name__ if type(config) in classes else None
+    found = (config.architectures or [expected])[0]
+    if found != expected or config.get_text_config() is not config:
+        raise ValueError(
+            f"{model} is a {found}. Quantized here are causal language models, whose GPTQ checkpoints transformers "
+            "loads. Quantize it with GPTQModel, if that knows the architecture: what it writes trains here too."
+        )
+
+
+def _take_experts_apart(model: PreTrainedModel) -> bool:
+    """Turn tensors that hold all experts of a layer into modules, in place. Whether there were any."""
+    if not _fused_experts(model):
+        return False
+    from defuser import convert_model
+
+    convert_model(model)
+    left = _fused_experts(model)
+    if left:
+        raise ValueError(
+            f"{type(model).__name__} holds all experts of {left[0]} in one tensor, which defuser does not take apart: "
+            "they would stay in float. Update defuser and gptqmodel, or quantize with GPTQModel."
+        )
+    loaded: Any = model
+    loaded._weight_conversions = [  # which saving reverts
+        each
+        for conversion in loaded._weight_conversions or ()
+        for each in (isinstance(conversion, WeightConverter) and of_experts(conversion)) or [conversion]
+    ]
+    return True
+
+
+def _fused_experts(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def _require_packable(model: PreTrainedModel, optimum: Any) -> None:
+    """Check, before it is calibrated, that each layer can be packed in the end.
+
+    Raises:
+        ValueError: naming the layers that cannot.
+    """
+    from optimum.gptq.utils import get_block_name_with_pattern, get_layers
+
+    try:
+        blocks = get_block_name_with_pattern(model)
+    except ValueError as error:
+        raise ValueError(
+            f"optimum does not know where the blocks of {type(model).__name__} are, neither to quantize nor to load "
+            "them. Quantize it with GPTQModel: what that writes trains here too."
+        ) from error
+    layers = get_layers(model, prefix=blocks)
+    if not layers:
+        raise ValueError(f"There is no layer to quantize in {blocks} of {type(model).__name__}.")
+    shapes = {name: _features(layer) for name, layer in layers.items()}
+    unfit = {name: shape for name, shape in shapes.items() if any(size % _PACKED_TOGETHER for size in shape)}
+    if unfit:
+        endings = sorted({name.rpartition(".")[2] for name in unfit})
+        name, (rows, columns) = next(iter(unfit.items()))
+        raise ValueError(
+            f"{len(unfit)} layers cannot be packed, {name} first: it has {rows} in- and {columns} out-features, and "
+            f"GPTQModel packs multiples of {_PACKED_TOGETHER}. Leave them in float: exclude={endings}, on the command "
+            f"line {' '.join(f'--exclude {ending}' for ending in endings)}."
+        )
+    optimum.select_quant_linear(device_map=None, pack=True)
+    for rows, columns in set(shapes.values()):
+        try:
+            with torch.device("meta"):
+                optimum.quant_linear(
+                    optimum.bits, optimum.group_size, optimum.desc_act, optimum.sym, rows, columns, False
+                )
+        except (ValueError, NotImplementedError) as error:
+            name = next(name for name, shape in shapes.items() if shape == (rows, columns))
+            raise ValueError(
+                f"{name}, of {rows} in- and {columns} out-features, cannot be packed in {optimum.bits} bits and "
+                f"groups of {optimum.group_size}: {error}"
+            ) from error
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    rows, columns = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    return rows, columns
+
+
+@contextmanager
+def _left_out(model: PreTrainedModel, exclude: Sequence[str]) -> Iterator[None]:
+    """Within it, optimum does not see the layers that are to stay in float, which it finds by their class.
+
+    Raises:
+        ValueError: a name fits no layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    hidden: dict[str, Any] = {}
+    for ending in exclude:
+        found = [name for name in layers if f".{name}".endswith(f".{ending}")]
+        if not found:
+            raise ValueError(f"exclude has {ending!r}, with which no layer of {type(model).__name__} ends.")
+        hidden |= {name: type(layers[name]) for name in found}
+    for name, layer_class in hidden.items():
+        layers[name].__class__ = type("FloatLayer", (nn.Module,), {"forward": layer_class.forward})
+    try:
+        yield
+    finally:
+        for name, layer_class in hidden.items():
+            layers[name].__class__ = layer_class
+
+
+def _packed_in_blocks(model: PreTrainedModel) -> list[str]:
+    """The endings, behind the number of the block, of the names of the layers that are packed."""
+    return sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in packed_modules(model)})

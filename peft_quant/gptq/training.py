@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .source import require_whole
 from .view import is_packed, linear, read_format
 from .zero_points import keep_checkpoint_format
 
@@ -33,9 +34,14 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no GPTQ layers.
-        RepackedLayerError, InvalidCheckpointError: as [`peft_quant.gptq.read_format`]. No layer is changed then.
+        InvalidCheckpointError: the model lacks layers that its checkpoint has packed, or as
+            [`peft_quant.gptq.read_format`]. No layer is changed then.
+        RepackedLayerError: as [`peft_quant.gptq.read_format`].
     """
     layers = {name: module for name, module in model.named_modules() if is_packed(module)}
+    whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if whole is not None:
+        require_whole(whole)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no GPTQ layers to prepare. Load a GPTQ checkpoint with "
@@ -46,10 +52,8 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
         layer: Any = layers[name]
         layer._lean_format = packed
         layer.__class__ = _lean_class(layer.__class__)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            keep_checkpoint_format(module)
-            break
+    if whole is not None:
+        keep_checkpoint_format(whole)
     return model
 
 

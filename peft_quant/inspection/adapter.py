@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..gptq import InvalidCheckpointError
-from ..gptq.checkpoint import Checkpoint, read_header
-from ..gptq.fingerprint import fingerprint, layer_digest
+from ..gptq.base_record import Layers, describe_checkpoint, difference, stored_layers
+from ..gptq.checkpoint import Checkpoint, read_json, read_tensors
+from ..gptq.names import StoredNames
 from ..report.heat_map import place
 from ..report.text_table import table
 from .changes import LayerChange, cosine_similarities, layer_changes, split_layers
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint, read_layer
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint
 from .tables import in_order, listed, number, word
 
 
@@ -203,19 +201,22 @@ def _inspect(
     file = directory / ADAPTER_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS}. Adapters in pickle format (*.bin) are not read.")
-    read_header(file)
+    read_tensors([file])
     tensors = load_file(file)
     layers = split_layers(tensors)
-    checkpoint = None if base is None else open_checkpoint(base, None, token)
     recorded = config.get("base_quantization")
-    expected = (recorded or {}).get("fingerprint")
-    fits = None if checkpoint is None or expected is None else _fingerprint(checkpoint, layers) == expected
+    fits, differs, of_base = None, None, None
     notes = []
-    if fits is False:
-        notes.append(f"{base} is not the base this adapter was trained on: changes are not given relative to it.")
-    if checkpoint is not None and expected is None:
+    if base is not None:
+        of_base, differs = _compare(open_checkpoint(base, None, token), layers, config)
+        fits = None if recorded is None else differs is None
+    if differs:
+        notes.append(
+            f"{base} is not the base this adapter was trained on ({differs}): changes are not given relative to it."
+        )
+    if of_base is not None and recorded is None:
         notes.append(f"The adapter does not record its base's fingerprint: whether it is for {base} is not known.")
-    readable = None if checkpoint is None or fits is False else partial(read_layer, checkpoint)
+    readable = None if of_base is None or differs else of_base.__getitem__
     changes = sorted(layer_changes(tensors, config, readable), key=lambda change: in_order(change.name))
     values = sum(tensor.numel() for tensor in tensors.values())
     unmoved = sum(change.absolute == 0 for change in changes)
@@ -241,7 +242,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}: pass the directory of an adapter.")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     method = config.get("peft_type")
     if method not in _METHODS:
         raise ValueError(f"{directory} is a {method} adapter. Inspected are PEQA, LREC and LoRA ones.")
@@ -250,18 +251,18 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _fingerprint(checkpoint: Checkpoint, layers: Iterable[str]) -> str | None:
-    """Of the layers of an adapter; None if the checkpoint does not have them."""
-    digests = []
-    try:
-        for name in layers:
-            tensors, packed = read_layer(checkpoint, name)
-            digests.append(layer_digest(tensors, packed.bits, packed.zero_offset))
-    except InvalidCheckpointError:
-        raise
-    except ValueError:
-        return None
-    return fingerprint(digests)
+def _compare(checkpoint: Checkpoint, layers: Iterable[str], config: dict[str, Any]) -> tuple[Layers, str | None]:
+    """The layers of a base that an adapter changes, and in what the base differs from the one that it recorded."""
+    layers = list(layers)
+    names = StoredNames(checkpoint, config.get("task_type")).layers(layers)
+    missing = [name for name in layers if name not in names]
+    if missing:
+        return {}, f"it has no packed layer {missing[0]}"
+    of_base = stored_layers(checkpoint, names)
+    recorded = config.get("base_quantization")
+    return of_base, None if recorded is None else difference(
+        recorded, of_base, describe_checkpoint(checkpoint, of_base)
+    )
 
 
 def _size(change: LayerChange) -> float:

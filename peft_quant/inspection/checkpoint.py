@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..gptq import InvalidCheckpointError, PackedTensors
 from ..gptq.check import check_packed_tensors
-from ..gptq.checkpoint import Checkpoint, read_header
+from ..gptq.checkpoint import LEGACY_CONFIG, Checkpoint
 from ..gptq.view import tensor_format
 from ..gptq.zero_points import declared_format, stored_zero_offset
 from ..ops.packing import unpack_rows, unpack_zeros
@@ -27,17 +26,6 @@ from .tables import in_order, listed, number, word
 _PARTS = {"qweight": "packed integers", "scales": "scales", "qzeros": "zero points", "g_idx": "group indices"}
 _REST = "other tensors"
 _FORMATS = ("gptq", "gptq_v2")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -197,21 +185,14 @@ def inspect_checkpoint(
         FileNotFoundError: a directory without `config.json`, or, if tensors are read, without `*.safetensors`.
         ValueError: the checkpoint is not GPTQ.
     """
-    config = read_config(path, revision, token)
-    quantization = config.get("quantization_config") or {}
+    described = read_config(path, revision, token)
+    config, quantization = described.config, described.quantization or {}
     declared_zeros = declared_format(quantization)
     if declared_zeros is None:
         method = quantization.get("quant_method")
-        old = Path(path, "quantize_config.json").is_file()
         raise ValueError(
             f"{path} is not a GPTQ checkpoint: its config.json says "
             + (f"quant_method={method!r}." if method else "nothing of a quantization.")
-            + (
-                " Its quantize_config.json is auto-gptq's: copy it into config.json as `quantization_config`, with "
-                '`"quant_method": "gptq"`.'
-                if old
-                else ""
-            )
         )
     declared = _declared(quantization, declared_zeros)
     if statistics is None:
@@ -219,6 +200,7 @@ def inspect_checkpoint(
     errors: list[str] = []
     layers: list[LayerStatistics] = []
     sizes: dict[str, int] = {}
+    checkpoint = None
     if statistics:
         try:
             checkpoint = open_checkpoint(path, revision, token)
@@ -228,6 +210,8 @@ def inspect_checkpoint(
             sizes, layers = _read(checkpoint, declared_zeros, errors)
     found = _found(layers, declared_zeros)
     notes = _notes(declared, found, layers, config) if found else []
+    if checkpoint is not None:
+        notes += _notes_of_files(checkpoint)
     if _shifted(layers):
         errors.append(
             "Every zero point is off the middle by exactly one: the checkpoint most likely declares the wrong format. "
@@ -240,6 +224,7 @@ def inspect_checkpoint(
         )
     trainable = _trainable(layers)
     shapes = {(layer.in_features, layer.out_features) for layer in layers}
+    beyond_config = "" if checkpoint is None else _beyond_config(checkpoint, layers)
     known = {
         name: found[name] if name in found and found[name] != -1 else declared[name]
         for name in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
@@ -252,7 +237,7 @@ def inspect_checkpoint(
         sizes=sizes,
         trainable=trainable,
         training=_training(declared, trainable, errors),
-        engines=tuple(engine_verdicts(Packing.from_config(known, shapes))),
+        engines=tuple(engine_verdicts(Packing.from_config(known, shapes, beyond_config))),
         errors=tuple(errors),
         notes=tuple(notes),
     )
@@ -270,45 +255,52 @@ def _declared(quantization: Mapping[str, Any], zeros: str) -> dict[str, Any]:
 
 def _read(checkpoint: Checkpoint, zeros: str, errors: list[str]) -> tuple[dict[str, int], list[LayerStatistics]]:
     """Bytes of the tensors and statistics of the layers; errors are added to the list."""
-    entries = {}
-    for file in dict.fromkeys(checkpoint.shards.values()):
-        entries.update(read_header(file)[0])
-    index = checkpoint.directory / "model.safetensors.index.json"
-    if index.is_file():
-        expected = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-        missing = sorted(expected.keys() - entries.keys())
-        if missing:
-            files = ", ".join(sorted({expected[name] for name in missing}))
-            errors.append(
-                f"{len(missing)} tensors of {index.name} are missing, {missing[0]} first; they are in {files}."
-            )
-    names = sorted({name.removesuffix(".qweight") for name in entries if name.endswith(".qweight")}, key=in_order)
+    names = sorted(checkpoint.packed_layers, key=in_order)
     sizes = dict.fromkeys([*_PARTS.values(), _REST], 0)
     packed = {f"{name}.{tensor}": part for name in names for tensor, part in _PARTS.items()}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        sizes[packed.get(name, _REST)] += end - begin
+    for name, stored in checkpoint.tensors.items():
+        sizes[packed.get(name, _REST)] += stored.end - stored.begin
     layers = []
     for name in names:
-        missing = [tensor for tensor in _PARTS if f"{name}.{tensor}" not in entries]
-        if missing:
-            errors.append(f"{name} has no {' and no '.join(missing)}.")
-            continue
         try:
-            of_header = [entries[f"{name}.{tensor}"] for tensor in PackedTensors._fields]
-            bits = check_packed_tensors(name, PackedTensors(*map(_on_meta, of_header)))
+            tensors = checkpoint.packed(name)
+            bits = check_packed_tensors(name, PackedTensors(*(tensor.to("meta") for tensor in tensors)))
         except InvalidCheckpointError as error:
             errors.append(str(error))
             continue
-        tensors = PackedTensors(*(checkpoint.tensor(f"{name}.{tensor}") for tensor in PackedTensors._fields))
         layers.append(_statistics(name, tensors, bits, stored_zero_offset(zeros), errors))
     if not names:
         errors.append("There is no packed layer: no tensor is named *.qweight.")
     return sizes, layers
 
 
-def _on_meta(entry: Mapping[str, Any]) -> torch.Tensor:
-    return torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.bool), device="meta")
+def _beyond_config(checkpoint: Checkpoint, layers: list[LayerStatistics]) -> str:
+    """What is packed that transformers, which goes by the config, does not expect."""
+    names = [layer.name for layer in layers]
+    found = {
+        "experts": any(re.search(r"\.experts\.\d+\.", name) for name in names),
+        "layers outside of blocks": any(not re.search(r"\.\d+\.", name) for name in names),
+        "layers of other bits than declared": len({layer.bits for layer in layers}) > 1,
+        "layers without g_idx": any(f"{name}.g_idx" not in checkpoint.tensors for name in names),
+        f"layers that {LEGACY_CONFIG} alone declares": "quantization_config" not in checkpoint.config,
+    }
+    return " and ".join(what for what, is_so in found.items() if is_so)
+
+
+def _notes_of_files(checkpoint: Checkpoint) -> list[str]:
+    notes = []
+    if checkpoint.unread:
+        files = ", ".join(file.name for file in checkpoint.unread)
+        notes.append(f"`from_pretrained` does not read {files}, which was not read here either; merging refuses it.")
+    if (checkpoint.directory / LEGACY_CONFIG).is_file() and "quantization_config" not in checkpoint.config:
+        notes.append(
+            f"The quantization config is in {LEGACY_CONFIG} alone, where transformers does not look without "
+            'peft_quant: copy it into config.json as `quantization_config`, with `"quant_method": "gptq"`.'
+        )
+    unordered = sum(f"{name}.g_idx" not in checkpoint.tensors for name in checkpoint.packed_layers)
+    if unordered:
+        notes.append(f"{unordered} layers have no g_idx: their rows are taken to be in order.")
+    return notes
 
 
 def _statistics(name: str, tensors: PackedTensors, bits: int, offset: int, errors: list[str]) -> LayerStatistics:

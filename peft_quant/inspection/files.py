@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..gptq import PackedFormat, PackedTensors
-from ..gptq.checkpoint import Checkpoint
-from ..gptq.view import tensor_format
-from ..gptq.zero_points import declared_format, stored_zero_offset
+from ..gptq.checkpoint import LEGACY_CONFIG, Checkpoint, read_json
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,11 +47,12 @@ def adapter_directory(path: str | os.PathLike[str], revision: str | None, token:
     )
 
 
-def read_config(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> dict[str, Any]:
-    """The `config.json` of a checkpoint.
+def read_config(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Checkpoint:
+    """A checkpoint of which only the configuration is read.
 
     Raises:
         FileNotFoundError: there is none.
+        InvalidCheckpointError: it is damaged.
     """
     if os.path.isdir(path):
         file = Path(path, "config.json")
@@ -65,7 +62,9 @@ def read_config(path: str | os.PathLike[str], revision: str | None, token: str |
             )
     else:
         file = Path(hf_hub_download(os.fspath(path), "config.json", revision=revision, token=token))
-    return json.loads(file.read_text(encoding="utf-8"))
+        with suppress(EntryNotFoundError):
+            hf_hub_download(os.fspath(path), LEGACY_CONFIG, revision=revision, token=token)
+    return Checkpoint(file.parent, read_json(file), {})
 
 
 def open_checkpoint(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Checkpoint:
@@ -75,19 +74,3 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None, token: s
             os.fspath(path), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
         )
     return Checkpoint.open(path)
-
-
-def read_layer(checkpoint: Checkpoint, name: str) -> tuple[PackedTensors, PackedFormat]:
-    """A layer's packed tensors and their format.
-
-    Raises:
-        ValueError: the checkpoint has no such layer.
-        InvalidCheckpointError: the layer is damaged.
-    """
-    names = [f"{name}.{tensor}" for tensor in PackedTensors._fields]
-    missing = [tensor for tensor in names if tensor not in checkpoint.shards]
-    if missing:
-        raise ValueError(f"{checkpoint.directory} has no {missing[0]}: it is not the base of an adapter of {name}.")
-    tensors = PackedTensors(*(checkpoint.tensor(tensor) for tensor in names))
-    declared = declared_format(checkpoint.config.get("quantization_config")) or "gptq"
-    return tensors, tensor_format(name, tensors, stored_zero_offset(declared))

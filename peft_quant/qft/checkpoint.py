@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..gptq.check import InvalidCheckpointError
-from ..gptq.checkpoint import read_header
+from ..gptq.checkpoint import read_tensors
 from .weight import Int8Weight
 
 
@@ -47,7 +47,7 @@ def check_checkpoint(files: Iterable[str | Path], expected: Mapping[str, tuple[i
         InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of
             range, or the layers in int8 are others.
     """
-    shards = {name: file for file in map(Path, files) for name in read_header(file)[0]}
+    shards = {name: tensor.file for name, tensor in read_tensors(files).items()}
     found = {name.rpartition(".")[0] for name in shards if name.rpartition(".")[2] == "codes"}
     unasked = sorted(found - expected.keys())
     if unasked:

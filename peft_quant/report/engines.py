@@ -26,6 +26,7 @@ class Packing:
         act_order: whether in-features belong to groups in an order of their own.
         checkpoint_format: `"gptq"` (zero points stored minus one) or `"gptq_v2"`.
         shapes: `(in_features, out_features)` of the packed layers; empty if they are not known.
+        beyond_config: what is packed that the config does not let transformers expect; empty if nothing.
     """
 
     bits: int | None
@@ -34,9 +35,12 @@ class Packing:
     act_order: bool | None
     checkpoint_format: str = "gptq"
     shapes: frozenset[tuple[int, int]] = frozenset()
+    beyond_config: str = ""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], shapes: Iterable[tuple[int, int]] = ()) -> Packing:
+    def from_config(
+        cls, config: Mapping[str, Any], shapes: Iterable[tuple[int, int]] = (), beyond_config: str = ""
+    ) -> Packing:
         """From a quantization config, or from the `base_quantization` of an adapter."""
         bits, group_size = config.get("bits"), config.get("group_size")
         return cls(
@@ -46,6 +50,7 @@ class Packing:
             act_order=config.get("desc_act"),
             checkpoint_format=config.get("checkpoint_format") or config.get("format") or "gptq",
             shapes=frozenset(shapes),
+            beyond_config=beyond_config,
         )
 
     @property
@@ -90,6 +95,8 @@ _Rule = Callable[[Packing], tuple[bool | None, str, str]]
 
 
 def _transformers(packing: Packing) -> tuple[bool | None, str, str]:
+    if packing.beyond_config:
+        return True, "`import peft_quant`", f"without it, {packing.beyond_config} are not loaded"
     if packing.bits == 4 and packing.group_size == -1:
         return True, "", 'on a CPU with `GPTQConfig(bits=4, backend="gptq_torch")`'
     return True, "", ""

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import infer_device
 from peft.utils.save_and_load import load_peft_weights
 
+from ..gptq.fingerprint import is_sampled
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer, check_finite
@@ -53,18 +54,28 @@ def hotswap_adapter(
             f"{model_name_or_path} trained biases (bias={new.bias!r}), which hot-swapping does not replace. Load "
             "it with `load_adapter` instead."
         )
+    if isinstance(new, LRECConfig) and new.base_fingerprint is not None and is_sampled(new.base_fingerprint):
+        raise ValueError(
+            f"{model_name_or_path} was saved by an older version of peft_quant, whose record of the base cannot be "
+            "compared in hot-swapping. Load it with `load_adapter`, and save it again."
+        )
     if not isinstance(new, PEQAConfig):
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace; loaded are {sorted(model.peft_config)}.")
     old = model.peft_config[adapter_name]
-    for option in ("peft_type", "serving_dtype", "base_quantization"):
+    for option in ("peft_type", "serving_dtype"):
         if getattr(old, option, None) != getattr(new, option):
             raise ValueError(
                 f"{model_name_or_path} cannot replace adapter {adapter_name!r}: {option} is {getattr(new, option)!r}, "
                 f"the loaded adapter has {getattr(old, option, None)!r}."
             )
+    if new.base_quantization is None:
+        raise ValueError(
+            f"{model_name_or_path} cannot replace adapter {adapter_name!r}: it does not record the base it was "
+            "trained on. Load it with `load_adapter` instead."
+        )
     layers = {
         name.removeprefix("_orig_mod."): layer
         for name, layer in model.named_modules()
@@ -82,6 +93,7 @@ def hotswap_adapter(
         )
     for key, weight in weights.items():
         check_finite(f"{model_name_or_path}: {key}", weight)
+    model.base_model.require_base(adapter_name, new.base_quantization, new.base_model_name_or_path)
     with torch.no_grad():
         for name, layer in layers.items():
             layer.peqa_scales[adapter_name].copy_(weights[f"{name}.peqa_scales"])

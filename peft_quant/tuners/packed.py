@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import gptq
-from ..gptq.fingerprint import fingerprint, layer_digest
+from ..gptq.base_record import Layers, describe_base, digests, require_base
+from ..gptq.fingerprint import fingerprint
+from ..gptq.source import Source, packed_modules, require_whole
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
-from ..registry import write_cards
+from ..registry import check_adapters, write_cards
 from ..report.card import update_card
 from .proof import prove_first_step
+from .saved import require_trained
 
 
 _ALL_LINEAR = "all-linear"
-_BASE_LAYER_SUFFIX = ".base_layer"
 
 
 class FilledIn(dict[str, Any]):
@@ -142,7 +147,8 @@ class PackedTuner(BaseTuner):
         return {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        packed_layers = self._packed_layers()
+        require_whole(self.model)
+        packed_layers = packed_modules(self.model)
         if not packed_layers:
             raise ValueError(_no_packed_layers(self.model, peft_config.peft_type.value))
         given, config = peft_config, copy(peft_config)
@@ -184,14 +190,6 @@ class PackedTuner(BaseTuner):
             if layer is not head and self._check_target_module_exists(by_ending, name)
         }
 
-    def _packed_layers(self) -> dict[str, nn.Module]:
-        """GPTQ layers by the name they have in the model without adapters."""
-        return {
-            name.removesuffix(_BASE_LAYER_SUFFIX): module
-            for name, module in self.model.named_modules()
-            if gptq.is_packed(module)
-        }
-
     def _read_targets(self, config: Any, packed_layers: dict[str, nn.Module]) -> dict[str, gptq.PackedFormat]:
         """Formats of the targeted layers."""
         formats = {}
@@ -228,27 +226,53 @@ class PackedTuner(BaseTuner):
         Returns:
             The digests of the layers to adapt, by name, or none without values.
         """
-        layers = {name: packed_layers[name] for name in self._formats}
-        if any(gptq.packed_tensors(layer).qweight.is_meta for layer in layers.values()):
+        layers = self._base_layers(self._formats, packed_layers)
+        if layers is None:
             return {}
-        digests = {name: self._digest(name, layer, self._formats[name]) for name, layer in layers.items()}
-        found = _describe_base(
-            list(self._formats.values()), checkpoint_format(self.model), fingerprint(digests.values())
+        of_layers = digests(layers)
+        source = Source.of(self.model, packed_layers.keys())
+        found = describe_base(
+            self._formats.values(),
+            fingerprint(of_layers.values()),
+            checkpoint_format(self.model),
+            None if source is None else source.digest(layers),
         )
         expected = config.base_quantization
-        if expected is not None and expected.get("fingerprint") != found["fingerprint"]:
-            raise ValueError(
-                f"This adapter was trained on another base model: it expects {expected}, this model is {found}. Load "
-                f"the base it was trained on ({config.base_model_name_or_path}), unchanged."
-            )
+        if expected is not None:
+            require_base(expected, layers, found, config.base_model_name_or_path)
         config.base_quantization = FilledIn(found) if expected is None else found
-        return digests
+        return of_layers
 
-    def _digest(self, name: str, layer: nn.Module, packed: gptq.PackedFormat) -> bytes:
-        """Of a GPTQ layer as it is without adapters."""
-        adapted = self.model.get_submodule(name)
-        tensors = adapted.base_tensors() if isinstance(adapted, AdaptedLinear) else gptq.packed_tensors(layer)
-        return layer_digest(tensors, packed.bits, packed.zero_offset)
+    def _base_layers(
+        self, formats: dict[str, gptq.PackedFormat], packed_layers: dict[str, nn.Module]
+    ) -> Layers | None:
+        """GPTQ layers as they are without adapters, or None without values."""
+        layers = {}
+        for name, packed in formats.items():
+            adapted = self.model.get_submodule(name)
+            is_adapted = isinstance(adapted, AdaptedLinear)
+            layers[name] = adapted.base_tensors() if is_adapted else gptq.packed_tensors(packed_layers[name]), packed
+        return None if any(tensors.qweight.is_meta for tensors, _ in layers.values()) else layers
+
+    def require_base(self, adapter_name: str, recorded: Mapping[str, Any], base: str | None) -> None:
+        """Check that the model is the base that another adapter of the same layers recorded.
+
+        Args:
+            adapter_name: a loaded adapter with these layers.
+            recorded: `base_quantization` of the other one.
+            base: what it calls its base.
+
+        Raises:
+            ValueError: it is another base.
+        """
+        adapted = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, self.linear_class) and layer.own([adapter_name])
+        }
+        layers = self._base_layers({name: layer.packed for name, layer in adapted.items()}, {})
+        if layers:
+            require_base(recorded, layers, self.peft_config[adapter_name].base_quantization, base)
 
     def _create_and_replace(
         self,
@@ -357,6 +381,46 @@ class PackedTuner(BaseTuner):
                 handle.remove()
 
 
+def _check_saved(
+    model: PreTrainedModel | PeftModel, path: str, adapter_name: str, given: Any, hub_options: dict[str, Any]
+) -> None:
+    """Check an adapter's files before it is loaded; see [`check_adapters`]."""
+    try:
+        config: Any = PeftConfig.from_pretrained(path, **hub_options)
+    except ValueError:  # it has no configuration of its own, which PEFT does not need if it is given one
+        config = given
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = load_peft_weights(path, device="cpu", **hub_options)
+    require_trained(path, config, weights, partial(_stored_rows, base), getattr(base, "all_tied_weights_keys", {}))
+    recorded = config.base_quantization
+    if recorded is None:
+        warnings.warn(
+            f"{path} does not record the base it was trained on: that it is this model was not checked.", stacklevel=3
+        )
+    elif given is not None and isinstance(model, PeftModel):
+        model.base_model.require_base(adapter_name, recorded, config.base_model_name_or_path)
+    elif given is not None:
+        given.base_quantization = recorded
+
+
+def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """A tensor of a model without adapters, with as many rows as in the model's files, if these are known."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(module), attribute, None)
+    except AttributeError:
+        return None
+    tensor = found if isinstance(found, torch.Tensor) else None
+    source = Source.of(model, ())
+    stored = None if source is None else source.checkpoint.tensors.get(name)
+    return tensor if tensor is None or stored is None else tensor[: stored.shape[0]]
+
+
+check_adapters(_check_saved)
+
+
 def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], repository: str | None) -> None:
     base = getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
     tags = getattr(tuner.model, "model_tags", None)
@@ -366,24 +430,6 @@ def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], reposit
 
 
 write_cards(PackedTuner, _write_card)
-
-
-def _describe_base(
-    formats: list[gptq.PackedFormat], declared_format: str | None, base_fingerprint: str
-) -> dict[str, Any]:
-    """What an adapter records of the base it was trained on, JSON-stable."""
-
-    def summary(values: set[Any]) -> Any:
-        return values.pop() if len(values) == 1 else sorted(values)
-
-    return {
-        "bits": summary({packed.bits for packed in formats}),
-        "group_size": summary({packed.group_size for packed in formats if packed.groups > 1} or {-1}),
-        "sym": all(packed.symmetric for packed in formats),
-        "desc_act": any(packed.act_order for packed in formats),
-        "checkpoint_format": declared_format,
-        "fingerprint": base_fingerprint,
-    }
 
 
 def _warn_if_mislabelled(formats: dict[str, gptq.PackedFormat]) -> None:
@@ -406,11 +452,23 @@ def _no_packed_layers(model: nn.Module, peft_type: str) -> str:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     method = getattr(method, "value", method)
+    name = type(model).__name__
+    if method not in (None, "gptq"):
+        return (
+            f"{peft_type} adapts GPTQ-packed layers, and {name} is quantized with {method}. Load a GPTQ checkpoint of "
+            f"the same model{_AS_GPTQ.get(method, '')}, or train this one with PEFT's own methods, such as LoRA."
+        )
     return (
-        f"{peft_type} adapts GPTQ-packed layers, and {type(model).__name__} has none (quantization: {method}). "
-        'Load a GPTQ checkpoint with `quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`, or quantize '
-        "the float model first: `GPTQConfig(bits=4, dataset=[...], tokenizer=...)`."
+        f"{peft_type} adapts GPTQ-packed layers, and {name} has none. Load a GPTQ checkpoint with "
+        '`quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`, or quantize the float model first: '
+        "`peft-quant quantize MODEL OUT`."
     )
+
+
+_AS_GPTQ = {
+    "auto-round": " (AutoRound exports one with `format='auto_gptq'`)",
+    "qft": " (`trainer.export(directory, 'gptq')` writes one), or train it with QFTTrainer",
+}
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:

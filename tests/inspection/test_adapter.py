@@ -150,8 +150,9 @@ class TestTheBase:
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(UP)}
         save_file(kept, tmp_path / "base/model.safetensors")
         assert inspect_adapter(root / "peqa", tmp_path / "base").fits_base is False
-        with pytest.raises(ValueError, match="is not the base of an adapter of"):
-            inspect_adapter(root / "export", tmp_path / "base")
+        of_lora = inspect_adapter(root / "export", tmp_path / "base")
+        assert of_lora.fits_base is None
+        assert "it has no packed layer" in of_lora.notes[0]
 
     def test_a_damaged_one(self, material, tmp_path):
         root, _ = material

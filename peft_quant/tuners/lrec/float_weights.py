@@ -30,11 +30,13 @@ class _Weights(Protocol):
 class _Files:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.shape = checkpoint.shape
         self.tensor = checkpoint.tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint.shards
+        return name in self.checkpoint.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.tensors[name].shape
 
     def __str__(self) -> str:
         return str(self.checkpoint.directory)
@@ -91,7 +93,7 @@ class FloatWeights:
         else:
             if not os.path.isdir(source):
                 source = snapshot_download(
-                    os.fspath(source), revision=revision, token=token, allow_patterns=["*.safetensors", "config.json"]
+                    os.fspath(source), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
                 )
             self.weights = _Files(Checkpoint.open(source))
         self.names = {layer: self._find(layer, base_model_prefix) for layer in shapes}

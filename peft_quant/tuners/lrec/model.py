@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ... import gptq
+from ...gptq.base_record import digests
 from ...gptq.fingerprint import fingerprint
 from ..packed import PackedTuner
 from .config import FLOAT_STARTS, LRECConfig
@@ -72,17 +73,17 @@ class LRECModel(PackedTuner, LoraModel):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _match_base(self, config: LRECConfig, packed_layers: dict[str, nn.Module]) -> dict[str, bytes]:
-        digests = super()._match_base(config, packed_layers)
+        of_adapted = super()._match_base(config, packed_layers)
         others = {name: layer for name, layer in packed_layers.items() if name not in self._formats}
         try:
             formats = {name: gptq.read_format(layer, name) for name, layer in others.items()}
         except (gptq.RepackedLayerError, ValueError):
             config.base_fingerprint = None  # a layer that is not adapted cannot be read
-            return digests
-        if not any(gptq.packed_tensors(layer).qweight.is_meta for layer in packed_layers.values()):
-            of_others = [self._digest(name, layer, formats[name]) for name, layer in others.items()]
-            config.base_fingerprint = fingerprint([*digests.values(), *of_others])
-        return digests
+            return of_adapted
+        layers = self._base_layers(formats, packed_layers)
+        if of_adapted and layers is not None:
+            config.base_fingerprint = fingerprint([*of_adapted.values(), *digests(layers).values()])
+        return of_adapted
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         if any(config.bias != "none" for config in self.peft_config.values()):

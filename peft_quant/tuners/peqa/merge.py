@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,21 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft.utils.save_and_load import load_peft_weights
-from tqdm.auto import tqdm
 
-from ...gptq import PackedTensors
-from ...gptq.check import check_packed_tensors
+from ...gptq.base_record import describe_checkpoint, require_base, stored_layers
 from ...gptq.checkpoint import Checkpoint, new_directory, refuse_existing
-from ...gptq.fingerprint import fingerprint, layer_digest
-from ...gptq.zero_points import declared_format, stored_zero_offset
+from ...gptq.names import StoredNames
+from ...gptq.zero_points import declared_format
 from ...ops import round_scales
 from ...report.card import README, inherited_metadata, update_card
+from ..saved import KEY_PREFIX, SCALES, require_trained
 from .config import PEQAConfig
-from .layer import check_finite
 
 
-_KEY_PREFIX = "base_model.model."
-_DELTA_SUFFIX = ".peqa_scales"
+_MERGE_IN_MEMORY = (
+    "Merge in memory instead, which writes such a model as a whole: "
+    "`PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(out)`."
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,13 @@ class Merge:
 
     def _replacement(self, name: str, old: torch.Tensor) -> torch.Tensor:
         if name in self.others:
-            return self.others[name].to(old.dtype)
+            new = self.others[name].to(old.dtype)
+            if not new.isfinite().all():
+                raise ValueError(
+                    f"{name} was trained to {float(self.others[name].abs().max()):g}, which {old.dtype} of the base "
+                    f"cannot hold. {_MERGE_IN_MEMORY}"
+                )
+            return new
         return round_scales(old.float() + self.deltas[name].float(), old.dtype, self.config.serving_torch_dtype)
 
 
@@ -110,9 +117,11 @@ def merge_checkpoint(
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: `base` is a directory without a safetensors checkpoint.
-        InvalidCheckpointError: a shard is truncated, or a layer's packed tensors are damaged.
+        InvalidCheckpointError: a shard is missing or damaged, or a layer's packed tensors are.
         OSError: there is no room for the merged checkpoint.
-        ValueError: the adapter is not PEQA's, holds NaN, or was trained on another base.
+        ValueError: the adapter is not PEQA's, holds NaN or tensors that it did not train, or was trained on another
+            base; or the merged model needs another config.json or further tensors, as with a new head, a resized
+            vocabulary or tied embeddings that were trained: `merge_and_unload` writes these.
     """
     return plan_merge(base, adapter, out, revision=revision, token=token).write()
 
@@ -137,18 +146,32 @@ def plan_merge(
             "change scales alone."
         )
     weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
-    deltas, others = _by_base_name(weights)
-    for name, delta in deltas.items():
-        check_finite(f"{adapter}: {name}", delta)
-
     directory = base
     if not os.path.isdir(base):
         directory = snapshot_download(
             os.fspath(base), revision=revision, token=token, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]
         )
     checkpoint = Checkpoint.open(directory)
-    _check_base(checkpoint, config, deltas, others)
-    plan = Merge(checkpoint, config, deltas, others, Path(out), (config.base_model_name_or_path, os.fspath(directory)))
+    _require_mergeable(checkpoint)
+    layers = [key.removeprefix(KEY_PREFIX).removesuffix(SCALES) for key in weights if key.endswith(SCALES)]
+    others = [key.removeprefix(KEY_PREFIX) for key in weights if not key.endswith(SCALES)]
+    names = StoredNames(checkpoint, config.task_type)
+    layer_names, other_names = names.layers(layers), names.tensors(others)
+
+    def of_base(name: str) -> torch.Tensor | None:
+        return checkpoint.tensor(other_names[name]) if name in other_names else None
+
+    trained = require_trained(os.fspath(adapter), config, weights, of_base)
+    others = [name for name in others if name in trained]
+    _require_stored(checkpoint, config, layers, layer_names)
+    _require_alone(checkpoint, others, other_names, names.ties() if others else {})
+    deltas = {f"{layer_names[name]}.scales": trained[f"{name}{SCALES}"] for name in layers}
+    replaced = {other_names[name]: trained[name] for name in others}
+    _require_shapes(checkpoint, config, {**deltas, **replaced})
+    _require_base(checkpoint, config, layer_names)
+    plan = Merge(
+        checkpoint, config, deltas, replaced, Path(out), (config.base_model_name_or_path, os.fspath(directory))
+    )
     _check_room(plan)
     return plan
 
@@ -165,43 +188,59 @@ def _check_room(plan: Merge) -> None:
         )
 
 
-def _by_base_name(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Split an adapter's tensors into scale deltas and others (`modules_to_save`), by their name in the base."""
-    deltas, others = {}, {}
-    for key, tensor in weights.items():
-        name = key.removeprefix(_KEY_PREFIX)
-        if name.endswith(_DELTA_SUFFIX):
-            deltas[name.removesuffix(_DELTA_SUFFIX) + ".scales"] = tensor
-        else:
-            others[name] = tensor
-    return deltas, others
-
-
-def _check_base(
-    checkpoint: Checkpoint, config: PEQAConfig, deltas: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
-) -> None:
-    declared = declared_format(checkpoint.config.get("quantization_config"))
-    if declared is None:
+def _require_mergeable(checkpoint: Checkpoint) -> None:
+    if declared_format(checkpoint.quantization) is None:
         raise ValueError(f"{checkpoint.directory} is not a GPTQ checkpoint: its config.json has no GPTQ quantization.")
-    for name, tensor in {**deltas, **others}.items():
-        if name not in checkpoint.shards:
-            raise ValueError(f"The adapter has a tensor for {name}, which {checkpoint.directory} does not have.")
-        shape = checkpoint.tensor(name).shape
-        if shape != tensor.shape:
-            raise ValueError(
-                f"The adapter's tensor for {name} has shape {tuple(tensor.shape)}, {checkpoint.directory} has "
-                f"{tuple(shape)}: it was trained on another base model, {config.base_model_name_or_path}."
-            )
-    layers = tqdm([name.removesuffix(".scales") for name in deltas], desc="checking the base", unit="layer")
-    found = fingerprint(_layer_digest(checkpoint, layer, declared) for layer in layers)
-    expected: dict[str, Any] | None = config.base_quantization
-    if expected is not None and expected.get("fingerprint") != found:
+    if checkpoint.unread:
         raise ValueError(
-            f"This adapter was trained on another base model: it expects {expected}, {checkpoint.directory} has "
-            f"fingerprint {found}. Pass the base it was trained on ({config.base_model_name_or_path}), unchanged."
+            f"{checkpoint.directory} has weights that `from_pretrained` does not read, "
+            f"{', '.join(file.name for file in checkpoint.unread)}: the merged model would have them unmerged. Move "
+            "them elsewhere."
         )
 
 
-def _layer_digest(checkpoint: Checkpoint, layer: str, declared: str) -> bytes:
-    tensors = PackedTensors(*(checkpoint.tensor(f"{layer}.{name}") for name in PackedTensors._fields))
-    return layer_digest(tensors, check_packed_tensors(layer, tensors), stored_zero_offset(declared))
+def _require_stored(checkpoint: Checkpoint, config: PEQAConfig, layers: list[str], found: dict[str, str]) -> None:
+    missing = [name for name in layers if name not in found]
+    if missing:
+        raise ValueError(
+            f"The adapter changes {len(missing)} layers, {missing[0]} first, that {checkpoint.directory} does not "
+            f"have packed: it was trained on another base model, {config.base_model_name_or_path}."
+        )
+
+
+def _require_alone(checkpoint: Checkpoint, others: list[str], stored: dict[str, str], ties: dict[str, str]) -> None:
+    """Each tensor trained whole is one of the files, and stands for nothing else in the model."""
+    for name in others:
+        if name not in stored:
+            raise ValueError(
+                f"The adapter trained {name}, which {checkpoint.directory} does not have. {_MERGE_IN_MEMORY}"
+            )
+        pair = next((pair for pair in ties.items() if name in pair), None)
+        if pair is not None:
+            raise ValueError(
+                f"The adapter trained {name}, and in {checkpoint.directory} {pair[0]} is tied to {pair[1]}: it would "
+                f"change both. {_MERGE_IN_MEMORY}"
+            )
+
+
+def _require_shapes(checkpoint: Checkpoint, config: PEQAConfig, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        stored = checkpoint.tensors[name]
+        if stored.shape == tensor.shape:
+            continue
+        found = f"The adapter's tensor for {name} has shape {tuple(tensor.shape)}, the base's {stored.shape}"
+        if name.endswith(".scales"):
+            raise ValueError(f"{found}: it was trained on another base model, {config.base_model_name_or_path}.")
+        raise ValueError(f"{found}, as where a vocabulary was resized, which changes config.json. {_MERGE_IN_MEMORY}")
+
+
+def _require_base(checkpoint: Checkpoint, config: PEQAConfig, names: dict[str, str]) -> None:
+    layers = stored_layers(checkpoint, names)
+    recorded: dict[str, Any] | None = config.base_quantization
+    if recorded is not None:
+        require_base(recorded, layers, describe_checkpoint(checkpoint, layers), config.base_model_name_or_path)
+        return
+    warnings.warn(
+        f"The adapter does not record the base it was trained on: that it is {checkpoint.directory} was not checked.",
+        stacklevel=4,
+    )

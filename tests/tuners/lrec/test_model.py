@@ -274,13 +274,13 @@ class TestSaveAndLoad:
 
     def test_the_base_is_recorded(self, tuned):
         recorded = tuned.peft_config["default"].base_quantization
-        assert (recorded["bits"], recorded["group_size"], len(recorded["fingerprint"])) == (4, 32, 32)
+        assert (recorded["bits"], recorded["group_size"], len(recorded["fingerprint"])) == (4, 32, 64)
 
     @pytest.mark.parametrize("other", ({"bits": 8}, {"seed": 1}))
     def test_another_base_is_refused_naming_both(self, tuned, tmp_path, other):
         tuned.save_pretrained(tmp_path / "adapter")
         base = load(save_tiny_llama(tmp_path / "other", **other), bits=other.get("bits", 4))
-        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this model is \{'bits': "):
+        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this one is \{'bits': "):
             PeftModel.from_pretrained(base, tmp_path / "adapter")
 
     @needs_peft_21

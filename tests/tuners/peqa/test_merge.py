@@ -98,12 +98,12 @@ class TestBadInput:
 
     def test_another_base(self, adapter, tmp_path):
         other = save_tiny_llama(tmp_path / "other", seed=1)
-        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*other has fingerprint [0-9a-f]{32}"):
+        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this one is \{"):
             merge_checkpoint(other, adapter, tmp_path / "out")
 
     def test_a_base_of_another_group_size(self, adapter, tmp_path):
         other = save_tiny_llama(tmp_path / "other", group_size=64)
-        with pytest.raises(ValueError, match=r"has shape \(3, 64\).*has \(2, 64\).*another base model"):
+        with pytest.raises(ValueError, match=r"has shape \(3, 64\).*the base's \(2, 64\).*another base model"):
             merge_checkpoint(other, adapter, tmp_path / "out")
 
     def test_a_base_without_the_layers(self, checkpoint, adapter, tmp_path):
@@ -112,7 +112,7 @@ class TestBadInput:
         other.mkdir()
         (other / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
         save_file({name: state[name] for name in state if ".layers.0." in name}, other / "model.safetensors")
-        with pytest.raises(ValueError, match=r"tensor for model\.layers\.1\..*does not have"):
+        with pytest.raises(ValueError, match=r"changes 7 layers, model\.layers\.1\..*does not have packed"):
             merge_checkpoint(other, adapter, tmp_path / "out")
 
     def test_a_float_base(self, checkpoint, adapter, tmp_path):
@@ -146,7 +146,7 @@ class TestBadInput:
         state = load_file(adapter / "adapter_model.safetensors")
         next(iter(state.values()))[0, 0] = float("nan")
         save_file(state, adapter / "adapter_model.safetensors")
-        with pytest.raises(ValueError, match=r"_proj\.scales holds 1 NaN or infinite values"):
+        with pytest.raises(ValueError, match=r"_proj\.peqa_scales holds 1 NaN or infinite values"):
             merge_checkpoint(checkpoint, adapter, tmp_path / "out")
 
     def test_an_adapter_of_another_method(self, checkpoint, tmp_path):

@@ -107,13 +107,13 @@ class TestTargets:
 
     def test_a_float_model_is_refused(self):
         float_model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
-        with pytest.raises(ValueError, match=r"has none \(quantization: None\)\. Load a GPTQ checkpoint"):
+        with pytest.raises(ValueError, match=r"has none\. Load a GPTQ checkpoint"):
             get_peft_model(float_model, config())
 
     def test_a_bitsandbytes_model_is_refused(self):
         float_model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
         float_model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        with pytest.raises(ValueError, match=r"quantization: bitsandbytes"):
+        with pytest.raises(ValueError, match="is quantized with bitsandbytes"):
             get_peft_model(float_model, config())
 
     def test_a_repacked_model_is_refused_before_anything_changes(self, checkpoint, input_ids):
@@ -233,13 +233,13 @@ class TestSaveAndLoad:
             "desc_act": False,
             "checkpoint_format": "gptq",
         }
-        assert len(recorded["fingerprint"]) == 32
+        assert len(recorded["fingerprint"]) == 64
 
     @pytest.mark.parametrize("other", ({"bits": 8}, {"seed": 1}, {"group_size": 64}))
     def test_another_base_is_refused_naming_both(self, tuned, tmp_path, other):
         tuned.save_pretrained(tmp_path / "adapter")
         base = load(save_tiny_llama(tmp_path / "other", **other), bits=other.get("bits", 4))
-        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this model is \{'bits': "):
+        with pytest.raises(ValueError, match=r"expects \{'bits': 4.*this one is \{'bits': "):
             PeftModel.from_pretrained(base, tmp_path / "adapter")
 
     def test_the_same_weights_in_the_other_zero_format_are_the_same_base(self, tuned, tmp_path, input_ids):

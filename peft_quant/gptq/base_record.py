@@ -1,0 +1,138 @@
+"""What an adapter records of the base it was trained on, and whether another model is that base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from .check import PackedTensors
+from .checkpoint import Checkpoint
+from .fingerprint import checkpoint_digest, fingerprint, in_parallel, is_sampled, layer_digest
+from .view import PackedFormat, tensor_format
+from .zero_points import declared_format, stored_zero_offset
+
+
+Layers = Mapping[str, tuple[PackedTensors, PackedFormat]]
+"""The adapted layers of a base, without adapters, by name."""
+
+
+def digests(layers: Layers, *, sampled: bool = False) -> dict[str, bytes]:
+    """The digest of each layer: of all of its values, or of samples."""
+
+    def digest(layer: tuple[PackedTensors, PackedFormat]) -> bytes:
+        tensors, packed = layer
+        return layer_digest(tensors, packed.bits, packed.zero_offset, sampled=sampled)
+
+    return dict(zip(layers, in_parallel(digest, layers.values())))
+
+
+def stored_layers(checkpoint: Checkpoint, names: Mapping[str, str]) -> Layers:
+    """Layers of a checkpoint, given their names in its files.
+
+    Raises:
+        InvalidCheckpointError: one is damaged.
+    """
+    offset = stored_zero_offset(declared_format(checkpoint.quantization) or "gptq")
+    layers = {}
+    for name, stored in names.items():
+        tensors = checkpoint.packed(stored)
+        layers[name] = tensors, tensor_format(stored, tensors, offset)
+    return layers
+
+
+def describe_base(
+    formats: Collection[PackedFormat],
+    base_fingerprint: str,
+    checkpoint_format: str | None,
+    checkpoint: str | None,
+) -> dict[str, Any]:
+    """What an adapter records of its base, JSON-stable.
+
+    Args:
+        formats: of the layers that it adapts.
+        base_fingerprint: of these layers.
+        checkpoint_format: of the base's config.
+        checkpoint: digest of the base's files, if the model is what they hold.
+    """
+
+    def summary(values: Iterable[Any]) -> Any:
+        different = sorted(set(values))
+        return different[0] if len(different) == 1 else different
+
+    return {
+        "bits": summary(packed.bits for packed in formats),
+        "group_size": summary([packed.group_size for packed in formats if packed.groups > 1] or [-1]),
+        "sym": all(packed.symmetric for packed in formats),
+        "desc_act": any(packed.act_order for packed in formats),
+        "checkpoint_format": checkpoint_format,
+        "fingerprint": base_fingerprint,
+        "checkpoint": checkpoint,
+    }
+
+
+def describe_checkpoint(checkpoint: Checkpoint, layers: Layers) -> dict[str, Any]:
+    """As [`describe_base`], of a checkpoint and the layers of it that an adapter changes."""
+    declared = declared_format(checkpoint.quantization) or "gptq"
+    return describe_base(
+        [packed for _, packed in layers.values()],
+        fingerprint(digests(layers).values()),
+        declared,
+        checkpoint_digest(checkpoint.files, stored_zero_offset(declared)),
+    )
+
+
+def difference(recorded: Mapping[str, Any], layers: Layers, found: Mapping[str, Any]) -> str | None:
+    """In what a model differs from the base that an adapter recorded; None if in nothing that is known of both.
+
+    Args:
+        recorded: by the adapter.
+        layers: the model's layers that it adapts.
+        found: what an adapter of the model would record.
+
+    Raises:
+        ValueError: the record is none.
+    """
+    expected = recorded.get("fingerprint")
+    if not isinstance(expected, str):
+        raise ValueError(
+            f"The adapter's base_quantization is {dict(recorded)}, which has no fingerprint of its base: "
+            "adapter_config.json was changed. Save or download the adapter again."
+        )
+    actual = found["fingerprint"]
+    if is_sampled(expected):
+        actual = fingerprint(digests(layers, sampled=True).values(), sampled=True)
+    if expected != actual:
+        return f"it expects {dict(recorded)}, this one is {dict(found)}"
+    of_files = recorded.get("checkpoint"), found["checkpoint"]
+    if None not in of_files and of_files[0] != of_files[1]:
+        return (
+            "the layers it changes are the same, but other tensors (embeddings, norms, biases, the head or further "
+            f"packed layers) are not: it expects files with the digest {of_files[0]}, these have {of_files[1]}"
+        )
+    return None
+
+
+def require_base(recorded: Mapping[str, Any], layers: Layers, found: Mapping[str, Any], base: str | None) -> None:
+    """Check that a model is the base that an adapter recorded.
+
+    Args:
+        recorded, layers, found: as in [`difference`].
+        base: what the adapter calls its base.
+
+    Raises:
+        ValueError: it is another base.
+    """
+    differs = difference(recorded, layers, found)
+    if differs:
+        raise ValueError(
+            f"This adapter was trained on another base model: {differs}. Load the base it was trained on ({base}), "
+            "unchanged."
+        )
+    if recorded.get("checkpoint") is not None and found["checkpoint"] is None:
+        warnings.warn(
+            "The files that this model was loaded from cannot be found, or its layers were changed since. Only the "
+            f"layers that the adapter changes were compared with those of its base ({base}): embeddings, norms and "
+            "the head may be others.",
+            stacklevel=2,
+        )

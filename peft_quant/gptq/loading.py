@@ -1,0 +1,186 @@
+"""GPTQ checkpoints in `from_pretrained`: every layer that the files hold packed is packed in the model.
+
+transformers and optimum pack the layers that a config lets expect, in one width. What else a checkpoint holds packed
+(the experts of a mixture, which transformers keeps in one tensor, the output head, layers of other bits) they leave
+with random weights, which a log says and no error. Here the files decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPTQConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+
+from ..ops.packing import SUPPORTED_BITS, WORD_BITS
+from .check import InvalidCheckpointError
+from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
+from .names import loaded_names, missing_layers, of_experts
+
+
+class GPTQCheckpointQuantizer(GptqHfQuantizer):
+    """transformers' quantizer of GPTQ models, which packs what the checkpoint's files have packed.
+
+    Mixtures of experts get their experts as modules of their own (by the package defuser, which gptqmodel brings),
+    each layer has the bits and the group size of its tensors, and a missing `g_idx` is that of layers without
+    act-order. The config may also be auto-gptq's `quantize_config.json`, or, of files without one, what the caller
+    passes.
+
+    Attributes:
+        checkpoint_files: the safetensors files that the model was loaded from; none of a model that was not.
+
+    Raises (from `from_pretrained`):
+        InvalidCheckpointError: a packed layer has no counterpart in the model, or tensors that contradict it.
+    """
+
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.checkpoint_files: tuple[Path, ...] = ()
+        self._experts_apart = False
+        self._without_order: dict[str, int] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        self.checkpoint_files = tuple(
+            Path(file) for file in checkpoint_files or () if Path(file).suffix == ".safetensors"
+        )
+        tensors = read_tensors(self.checkpoint_files)
+        stored_layers = packed_layers(tensors)
+        if not stored_layers:
+            super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+            return
+        self._take_stored_config(self.checkpoint_files[0].parent)
+        names = self._layers_of(model, stored_layers)
+        kernel = self._kernels(device_map)
+        for stored, name in names.items():
+            packed = _make_layer(model.get_submodule(name), name, stored, tensors, self.optimum_quantizer, kernel)
+            model.set_submodule(name, packed)
+            if f"{stored}.g_idx" not in tensors:
+                self._without_order[name] = packed.group_size
+        self._allow_missing_order(model)
+
+    def _take_stored_config(self, directory: Path) -> None:
+        """What the checkpoint declares and transformers has dropped or not found."""
+        file = directory / "config.json"
+        stored = quantization_config(directory, read_json(file) if file.is_file() else {}) or {}
+        if not self.pre_quantized:
+            from optimum.gptq import GPTQQuantizer
+
+            backend = self.quantization_config.backend
+            if stored:
+                self.quantization_config = GPTQConfig.from_dict({**stored, "backend": backend})
+            self.optimum_quantizer = GPTQQuantizer.from_dict(self.quantization_config.to_dict_optimum())
+            self.pre_quantized = True
+        for name, value in stored.items():
+            if not hasattr(self.quantization_config, name) and name not in ("checkpoint_format", "quant_method"):
+                setattr(self.quantization_config, name, value)
+
+    def _layers_of(self, model: PreTrainedModel, stored_layers: list[str]) -> dict[str, str]:
+        """The layers to pack, by their names in the files."""
+        names = loaded_names(stored_layers, model)
+        if missing_layers(model, names.values(), _linear_layers(model)):
+            from defuser import convert_model
+
+            convert_model(model)
+            self._experts_apart = True
+            names = loaded_names(stored_layers, model)
+            missing = missing_layers(model, names.values(), _linear_layers(model))
+            if missing:
+                raise InvalidCheckpointError(
+                    f"The checkpoint has {len(names)} packed layers, and for {len(missing)} of them, {missing[0]} "
+                    f"first, {type(model).__name__} has no linear layer. Update transformers, gptqmodel and defuser, "
+                    "or load the class that `architectures` in config.json names."
+                )
+        linear = _linear_layers(model)
+        return {stored: name for stored, name in names.items() if name in linear}
+
+    def _kernels(self, device_map: Any) -> Callable[[int, int], type[nn.Module]]:
+        @cache
+        def kernel(bits: int, group_size: int) -> type[nn.Module]:
+            optimum = copy(self.optimum_quantizer)
+            optimum.bits, optimum.group_size = bits, group_size
+            optimum.select_quant_linear(device_map=device_map, pack=False)
+            return optimum.quant_linear
+
+        self.optimum_quantizer.select_quant_linear(device_map=device_map, pack=False)
+        return kernel
+
+    def _allow_missing_order(self, model: PreTrainedModel) -> None:
+        if not self._without_order:
+            return
+        if self.optimum_quantizer.desc_act:
+            name = next(iter(self._without_order))
+            raise InvalidCheckpointError(
+                f"{name} has no g_idx, and the quantization config says desc_act=true, with which rows belong to "
+                "groups in an order that g_idx alone tells. Download the checkpoint again; if it was quantized "
+                "without act-order, set desc_act to false."
+            )
+        patterns: Any = model._keys_to_ignore_on_load_missing
+        model._keys_to_ignore_on_load_missing = [*(patterns or []), r"\.g_idx$"]  # of this model alone
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if self._experts_apart:
+            weight_conversions = [
+                each
+                for conversion in weight_conversions
+                for each in (isinstance(conversion, WeightConverter) and of_experts(conversion)) or [conversion]
+            ]
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, size in self._without_order.items():
+            g_idx: Any = model.get_submodule(name).g_idx
+            g_idx.copy_(torch.arange(g_idx.numel(), device=g_idx.device) // size)
+        super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def _make_layer(
+    layer: Any,
+    name: str,
+    stored: str,
+    tensors: Mapping[str, StoredTensor],
+    optimum: Any,
+    kernel: Callable[[int, int], type[nn.Module]],
+) -> Any:
+    """A packed layer without values, of the shape, bits and group size that the files say."""
+    in_features, out_features = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    words, columns = tensors[f"{stored}.qweight"].shape
+    bits, rest = divmod(words * WORD_BITS, in_features)
+    if columns != out_features or bits not in SUPPORTED_BITS or rest:
+        raise InvalidCheckpointError(
+            f"{stored}.qweight has shape {(words, columns)}, which is not a weight of {in_features} in- and "
+            f"{out_features} out-features, as {name} has, in 2, 3, 4 or 8 bits: the files are of another model than "
+            "config.json. Download the checkpoint again."
+        )
+    scales = tensors.get(f"{stored}.scales")
+    groups = scales.shape[0] if scales is not None and scales.shape else 1
+    size = group_size(in_features, groups, optimum.group_size)
+    packed: Any = kernel(bits, size)(
+        bits,
+        size,
+        optimum.desc_act,
+        optimum.sym,
+        in_features,
+        out_features,
+        layer.bias is not None,
+        weight_dtype=layer.weight.dtype,
+    )
+    packed.device = layer.weight.device
+    if hasattr(packed, "weight"):
+        packed.weight._is_hf_initialized = True  # what stands in for the weight; transformers would initialize it
+    return packed.to(layer.weight.device)

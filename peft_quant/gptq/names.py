@@ -1,0 +1,188 @@
+"""Names of layers in a checkpoint's files and in the model that transformers makes of them.
+
+They differ where transformers renames what it loads, by its own tables, where a model has a head that the checkpoint
+lacks or the reverse, and in mixtures of experts: transformers holds all experts of a layer in one tensor, while GPTQ
+packs each on its own. Names in a model are those of the model whose experts are modules of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Container, Iterable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from .checkpoint import Checkpoint
+
+
+# the projections of an expert, by the tensor that holds them for all experts
+_PROJECTIONS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
+def renamings(model: PreTrainedModel) -> list[Any]:
+    """How transformers renames the tensors of a checkpoint for a model, expert by expert where it has experts."""
+    return [
+        renaming
+        for conversion in get_model_conversion_mapping(model)
+        for renaming in (of_experts(conversion) if isinstance(conversion, WeightConverter) else [conversion])
+    ]
+
+
+def of_experts(conversion: WeightConverter) -> list[WeightRenaming]:
+    """The renamings, expert by expert, in place of a conversion that stacks the projections of all experts.
+
+    None of a conversion that does anything else.
+    """
+    target = conversion.target_patterns[0]
+    stacked, _, tensor = target.rpartition(".")
+    sources = [source for source in conversion.source_patterns if source.endswith(".weight")]
+    names = _PROJECTIONS.get(tensor, ())
+    if (
+        len(conversion.target_patterns) != 1
+        or len(names) != len(sources)
+        or not all(".*." in name for name in sources)
+    ):
+        return []
+    found = []
+    for source, name in zip(sources, names):
+        projection = source.removesuffix("weight").replace(".*.", r".(\d+).", 1)
+        renaming = WeightRenaming(projection, rf"{stacked}.\1.{name}.".replace("\\.", "."))
+        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        found.append(renaming)
+    return found
+
+
+def loaded_names(layers: Iterable[str], model: PreTrainedModel, known: Container[str] | None = None) -> dict[str, str]:
+    """The names that layers of a checkpoint have in a model, by their names in its files.
+
+    Args:
+        layers: names in the files.
+        model: the model, which may be on the meta device and without packed layers.
+        known: layers that the model has; by default the names of its modules.
+
+    Returns:
+        A name for each layer, whether or not it is among those known.
+    """
+    weights: Any = _Weights({name for name, _ in model.named_modules()} if known is None else known)
+    rules, prefix = renamings(model), model.base_model_prefix
+    renamed = {layer: rename_source_key(f"{layer}.weight", rules, [], prefix, weights)[0] for layer in layers}
+    return {layer: name.removesuffix(".weight") for layer, name in renamed.items()}
+
+
+def missing_layers(model: PreTrainedModel, layers: Iterable[str], present: Container[str]) -> list[str]:
+    """Of the layers that a checkpoint has packed, those that a model needs and lacks.
+
+    Not needed is what the model's class has no place for, such as the head of a model without one, and what
+    transformers knows to leave out.
+
+    Args:
+        model: the model, with or without adapters.
+        layers: names that the checkpoint's layers have in the model.
+        present: names of the layers that the model has.
+    """
+    places = {name.replace(".base_layer", "") for name, _ in model.named_modules()} - {""}
+    unused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    return [
+        name
+        for name in layers
+        if name not in present
+        and not places.isdisjoint(_within(name))
+        and not any(pattern.search(f"{name}.weight") for pattern in unused)
+    ]
+
+
+def _within(name: str) -> Iterator[str]:
+    """The name, and those of the modules that it lies in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+class _Weights:
+    """The weights of layers, as `rename_source_key` asks for them."""
+
+    def __init__(self, layers: Container[str]) -> None:
+        self.layers = layers
+
+    def get(self, name: str) -> bool | None:
+        return name.removesuffix(".weight") in self.layers or None
+
+
+class StoredNames:
+    """Where the tensors of a model that is loaded from a checkpoint lie in its files, without loading it.
+
+    Names are looked up as they are, or else as transformers maps them for the class that `architectures` in
+    config.json names, and for the one of an adapter's task.
+
+    Args:
+        checkpoint: the checkpoint.
+        task_type: of the adapter, as PEFT names it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, task_type: str | None) -> None:
+        self.checkpoint = checkpoint
+        self._task_type = task_type
+
+    def layers(self, layers: Collection[str]) -> dict[str, str]:
+        """Names in the files of packed layers, by their names in the model. What is not there is left out."""
+        return self._find(layers, set(self.checkpoint.packed_layers))
+
+    def tensors(self, names: Collection[str]) -> dict[str, str]:
+        """Names in the files of tensors, by their names in the model. What is not there is left out."""
+        stored = {name.rpartition(".")[0] for name in self.checkpoint.tensors}
+        modules = self._find({name.rpartition(".")[0] for name in names}, stored)
+        found = {}
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            if module in modules and f"{modules[module]}.{attribute}" in self.checkpoint.tensors:
+                found[name] = f"{modules[module]}.{attribute}"
+        return found
+
+    def ties(self) -> dict[str, str]:
+        """Tensors of the model that are the same one, in pairs of names."""
+        return next((dict(model.all_tied_weights_keys) for model in self._models()), {})
+
+    def _find(self, wanted: Collection[str], stored: set[str]) -> dict[str, str]:
+        if stored.issuperset(wanted):
+            return {name: name for name in wanted}
+        found: dict[str, str] = {}
+        for model in self._models():
+            names = {name: layer for layer, name in loaded_names(stored, model, set(wanted)).items()}
+            found = max(found, {name: names[name] for name in wanted if name in names}, key=len)
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _models(self) -> Iterator[PreTrainedModel]:
+        """Models without values that the checkpoint may be loaded into."""
+        config = AutoConfig.from_pretrained(self.checkpoint.directory)
+        for holder in (config, config.get_text_config()):
+            if hasattr(holder, "quantization_config"):
+                del holder.quantization_config
+        classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+        auto_class = getattr(transformers, _AUTO_CLASSES.get(self._task_type or "", "AutoModel"))
+        if type(config) in auto_class._model_mapping:
+            classes.append(auto_class._model_mapping[type(config)])
+        for model_class in dict.fromkeys(classes):
+            if model_class is not None:
+                with torch.device("meta"):
+                    yield model_class(copy.deepcopy(config))
+
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
