@@ -1,6 +1,7 @@
 """Test environment: one thread, no network, no compilation unless a test asks for it."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,3 +44,16 @@ def model(checkpoint):
 @pytest.fixture(scope="session")
 def input_ids():
     return torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def refuses(record_property):
+    """`with refuses(message):` expects a `ValueError` that says so."""
+
+    @contextmanager
+    def expect(message):
+        with pytest.raises(ValueError, match=message):
+            yield
+        record_property("refused", True)
+
+    return expect

@@ -24,6 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
+from ..gptq.checkpoint import quantization_config
 from .engines import Packing, engine_verdicts
 
 
@@ -167,7 +168,7 @@ def update_card(
     collected = _collect_facts(known, weights)
     collected |= {name: _plain(value) for name, value in (facts or {}).items() if value is not None}
     if kind in (_MERGED, _QFT):
-        quantization = config.get("quantization_config") or {}
+        quantization = config["quantization_config"]
         packed = quantization.get("quant_method") == "gptq"
         collected["base_quantization"] = _only(_FORMAT, quantization) if packed else {}
     elif config.get("base_quantization"):
@@ -397,7 +398,8 @@ def _read_config(directory: Path, method: str | None) -> tuple[str, dict[str, An
                 "for PEQA and LREC adapters and merged GPTQ checkpoints."
             )
         return kind, config, file.parent
-    found = (config.get("quantization_config") or {}).get("quant_method")
+    config["quantization_config"] = quantization_config(file.parent, config) or {}
+    found = config["quantization_config"].get("quant_method")
     if method == QFT or found == "qft":
         return _QFT, config, file.parent
     if found != "gptq":

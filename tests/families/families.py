@@ -49,7 +49,7 @@ class Family:
 
     model: str
     config: dict[str, Any]
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
     loaded_as: str | None = None
     apart: bool = False
     bits: dict[str, int | None] = field(default_factory=dict)
@@ -76,12 +76,14 @@ class Family:
 
     def save(self, directory: Path) -> PreTrainedModel:
         """Write the checkpoint, and return the float model that it decodes to."""
-        model = self.float_model()
+        model = self.float_model().half()
         model.save_pretrained(directory)
         file = directory / "model.safetensors"
         if self.apart:
             convert_model(model)
-        stored = {name: tensor.clone() for name, tensor in model.state_dict().items()} if self.apart else load_file(file)
+        stored = (
+            {name: tensor.clone() for name, tensor in model.state_dict().items()} if self.apart else load_file(file)
+        )
         tensors, decoded = {}, {}
         for name, tensor in stored.items():
             bits = self.bits_of(name) if tensor.ndim == 2 else None
@@ -94,7 +96,7 @@ class Family:
             decoded[name] = weight.contiguous()
             tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in packed.tensors.items()}
         if self.apart:
-            model.load_state_dict(decoded)
+            model.float().load_state_dict(decoded)
         else:
             save_file(decoded, file, {"format": "pt"})
             model = type(model).from_pretrained(directory, dtype=torch.float32).eval()
@@ -184,9 +186,7 @@ FAMILIES = {
     ),
     "Llama, no g_idx": replace(_LLAMA, edit=without_order),
     "Llama, quantize_config.json": replace(_LLAMA, edit=legacy_config),
-    "Llama, as a classifier": replace(
-        _LLAMA, task_type="SEQ_CLS", loaded_as="LlamaForSequenceClassification"
-    ),
+    "Llama, as a classifier": replace(_LLAMA, task_type="SEQ_CLS", loaded_as="LlamaForSequenceClassification"),
     "Llama, without a head": replace(_LLAMA, task_type="FEATURE_EXTRACTION", loaded_as="LlamaModel"),
     "Phi-3": Family("Phi3ForCausalLM", _DENSE),
     "GPT-2": Family("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}),
@@ -345,6 +345,6 @@ FAMILIES = {
             "eos_token_id": 1,
             "decoder_start_token_id": 3,
         },
-        task_type="SEQ_2_SEQ_LM",
+        task_type=None,
     ),
 }

@@ -2,11 +2,8 @@
 
 import json
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-
-import pytest
 
 
 def pytest_addoption(parser):
@@ -16,19 +13,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if file := config.getoption("--support-table", None):
         config.pluginmanager.register(SupportTable(file))
-
-
-@pytest.fixture
-def refuses(record_property):
-    """`with refuses(message):` expects a `ValueError` that says so."""
-
-    @contextmanager
-    def expect(message):
-        with pytest.raises(ValueError, match=message):
-            yield
-        record_property("refused", True)
-
-    return expect
 
 
 class SupportTable:
