@@ -1,10 +1,14 @@
+import json
+import shutil
+
 import pytest
 import torch
+from families import FAMILIES, without_order
 from gptq_models import save_tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_quant.gptq import InvalidCheckpointError
-from peft_quant.gptq.checkpoint import Checkpoint, new_directory
+from peft_quant.gptq.checkpoint import Checkpoint, new_directory, read_tensors
 
 
 NAME = "model.layers.1.mlp.down_proj.scales"
@@ -93,3 +97,139 @@ class TestNewDirectory:
         (tmp_path / "out").mkdir()
         with pytest.raises(FileExistsError, match="out exists already"), new_directory(tmp_path / "out"):
             pass
+
+
+class TestWhatIsRead:
+    """As `from_pretrained` reads it, and nothing else."""
+
+    def add_other(self, sharded, tmp_path, name):
+        """Put weights of another model into the directory."""
+        other = save_tiny_llama(tmp_path / "other", seed=1)
+        shutil.copyfile(other / "model.safetensors", sharded / name)
+
+    @pytest.mark.parametrize("name", ("model-00004-of-00004.safetensors", "aa.safetensors", "zz.safetensors"))
+    def test_stale_shards_are_not_read_and_named(self, sharded, tmp_path, name):
+        expected = Checkpoint.open(sharded).tensor(NAME)
+        self.add_other(sharded, tmp_path, name)
+        checkpoint = Checkpoint.open(sharded)
+        assert torch.equal(checkpoint.tensor(NAME), expected)
+        assert [file.name for file in checkpoint.unread] == [name]
+
+    def test_one_file_goes_before_an_index(self, sharded, tmp_path):
+        self.add_other(sharded, tmp_path, "model.safetensors")
+        checkpoint = Checkpoint.open(sharded)
+        assert {file.name for file in checkpoint.files} == {"model.safetensors"}
+        assert len(checkpoint.unread) == 3
+
+    def test_the_file_that_the_config_names_goes_before_all(self, sharded, tmp_path):
+        self.add_other(sharded, tmp_path, "chosen.safetensors")
+        (sharded / "config.json").write_text('{"transformers_weights": "chosen.safetensors"}')
+        assert {file.name for file in Checkpoint.open(sharded).files} == {"chosen.safetensors"}
+
+    @pytest.mark.parametrize("name", ("pytorch_model.bin", "consolidated.00.pth", "model-Q4_0.gguf"))
+    def test_other_formats_are_named(self, sharded, name):
+        (sharded / name).write_bytes(b"")
+        assert [file.name for file in Checkpoint.open(sharded).unread] == [name]
+
+    def test_files_of_something_else_are_not(self, sharded):
+        save_file({"expected": torch.zeros(1)}, sharded / "outputs.safetensors")
+        (sharded / "training_args.bin").write_bytes(b"")
+        assert Checkpoint.open(sharded).unread == ()
+
+    def test_a_missing_shard_is_named(self, sharded):
+        (sharded / "model-00002-of-00003.safetensors").unlink()
+        with pytest.raises(InvalidCheckpointError, match=r"names the shard 'model-00002-of-00003\.safetensors'"):
+            Checkpoint.open(sharded)
+
+    def test_a_tensor_that_only_the_index_has(self, sharded):
+        index = sharded / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"]["lost.weight"] = "model-00001-of-00003.safetensors"
+        index.write_text(json.dumps(content))
+        with pytest.raises(InvalidCheckpointError, match=r"1 tensors that .* lost\.weight first"):
+            Checkpoint.open(sharded)
+
+    def test_a_tensor_in_two_shards(self, sharded):
+        first, second = (sharded / f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2))
+        tensors = load_file(second)
+        name = next(iter(load_file(first)))
+        save_file({**tensors, name: torch.zeros(1)}, second)
+        with pytest.raises(InvalidCheckpointError, match=r"is in model-00001.* and in model-00002"):
+            Checkpoint.open(sharded)
+
+    @pytest.mark.parametrize("name", ("../model.safetensors", "/model.safetensors", "deep/model.safetensors"))
+    def test_shards_outside_of_the_directory(self, sharded, name):
+        index = sharded / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {NAME: name}}))
+        with pytest.raises(InvalidCheckpointError, match="names the shard"):
+            Checkpoint.open(sharded)
+
+    @pytest.mark.parametrize(
+        "content", ("{", "[]", '"text"', '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5)
+    )
+    def test_a_damaged_index_is_named(self, sharded, content):
+        (sharded / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InvalidCheckpointError, match=r"model\.safetensors\.index\.json"):
+            Checkpoint.open(sharded)
+
+    @pytest.mark.parametrize("content", (b"{", b"[1]", b"\xff\xfe"))
+    def test_a_damaged_config_is_named(self, sharded, content):
+        (sharded / "config.json").write_bytes(content)
+        with pytest.raises(InvalidCheckpointError, match=r"config\.json"):
+            Checkpoint.open(sharded)
+
+    def test_a_name_that_transformers_does_not_look_for(self, tmp_path):
+        directory = save_tiny_llama(tmp_path / "base")
+        (directory / "model.safetensors").rename(directory / "gptq_model-4bit-128g.safetensors")
+        with pytest.raises(FileNotFoundError, match=r"gptq_model-4bit-128g\.safetensors.*rename it"):
+            Checkpoint.open(directory)
+
+    @pytest.mark.parametrize(
+        "entry",
+        (
+            {"dtype": "F16", "shape": [2]},
+            {"dtype": "F16", "shape": [2], "data_offsets": "ab"},
+            {"dtype": "F16", "shape": [2], "data_offsets": [0]},
+            {"dtype": "F16", "shape": 2, "data_offsets": [0, 4]},
+            [],
+        ),
+    )
+    def test_a_damaged_header_is_named(self, sharded, entry):
+        header = json.dumps({"tensor": entry}).encode()
+        shard = sharded / "model-00002-of-00003.safetensors"
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(InvalidCheckpointError, match="model-00002-of-00003"):
+            Checkpoint.open(sharded)
+
+    @pytest.mark.parametrize("entry", ({"dtype": "F4", "shape": [2]}, {"dtype": "F16", "shape": [3]}))
+    def test_a_tensor_that_cannot_be_read_is_named(self, sharded, entry):
+        header = json.dumps({"tensor": {**entry, "data_offsets": [0, 4]}}).encode()
+        shard = sharded / "extra.safetensors"
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(InvalidCheckpointError, match=r"extra\.safetensors has a tensor of"):
+            read_tensors([shard])["tensor"].read()
+
+
+class TestLegacy:
+    def test_the_config_of_auto_gptq(self, tmp_path):
+        FAMILIES["Llama, quantize_config.json"].save(tmp_path / "base")
+        assert Checkpoint.open(tmp_path / "base").quantization["bits"] == 4
+
+    def test_rows_without_an_order_are_in_order(self, tmp_path):
+        directory = save_tiny_llama(tmp_path / "base", group_size=64)  # 96 in-features make a short last group
+        expected = Checkpoint.open(directory).packed("model.layers.0.mlp.down_proj")
+        without_order(directory)
+        found = Checkpoint.open(directory).packed("model.layers.0.mlp.down_proj")
+        assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+    def test_act_order_without_an_order(self, tmp_path):
+        directory = save_tiny_llama(tmp_path / "base", act_order=True)
+        without_order(directory)
+        with pytest.raises(InvalidCheckpointError, match=r"down_proj has no g_idx"):
+            Checkpoint.open(directory).packed("model.layers.0.mlp.down_proj")
+
+    def test_a_layer_that_lacks_a_tensor(self, sharded):
+        checkpoint = Checkpoint.open(sharded)
+        del checkpoint.tensors["model.layers.1.mlp.down_proj.qzeros"]
+        with pytest.raises(InvalidCheckpointError, match=r"model\.layers\.1\.mlp\.down_proj has no qzeros"):
+            checkpoint.packed("model.layers.1.mlp.down_proj")
