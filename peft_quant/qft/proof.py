@@ -53,7 +53,8 @@ class FirstStep:
             raise TrainingError(
                 f"After the first optimizer step none of the {len(tensors)} trained {kind} tensors has moved, where "
                 f"about {self.expected[kind]:.0f} of the values looked at should have. Check that gradients reach the "
-                "weights and are not zero."
+                "weights and are not zero, as where every label is -100, which is ignored, or every sequence has one "
+                "token."
             )
 
 

@@ -1,11 +1,12 @@
 """Proof that training trains: what a method claims to train moves at the first optimizer step, and nothing else does.
 
-PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at once, around the first
-step that has a learning rate above zero and that involves any of its parameters, and let go.
+PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the first step that
+has a learning rate above zero, that involves any of its parameters and that has a gradient, and let go.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -21,8 +22,15 @@ from torch.optim.optimizer import (
 from ..proof import TrainingError, require_unchanged, sample
 
 
+_STEPS_WITHOUT_GRADIENT = 10  # after so many, it is not a batch but the data
+
+
 class _Snapshot:
-    """State of a model right before a step: samples of the adapter tensors to move, versions of all frozen ones."""
+    """State of a model right before a step: samples of the adapter tensors to move, versions of all frozen ones.
+
+    Attributes:
+        without_gradient: whether there are gradients and all are zero, as of a batch without labels.
+    """
 
     def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
         names = [
@@ -43,9 +51,18 @@ class _Snapshot:
                 for buffer_name, buffer in layer.get_base_layer().named_buffers():
                     self.frozen[f"{name}.{buffer_name}"] = buffer, buffer._version
 
+        gradients = [tensor.grad for tensor, _ in self.trained.values() if tensor.grad is not None]
+        self.without_gradient = bool(gradients) and not any(gradient.any() for gradient in gradients)
+
     def check(self) -> None:
         require_unchanged(self.frozen, "Give it only the parameters with `requires_grad`, after `get_peft_model`.")
         moved = [name for name, (tensor, before) in self.trained.items() if not torch.equal(sample(tensor), before)]
+        if self.without_gradient:
+            raise TrainingError(
+                f"The gradients of all {len(self.trained)} adapter tensors were zero in each of the first "
+                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, or every "
+                "sequence has one token. Check the data set and its collator."
+            )
         # a process may hold no row of any sharded tensor
         if not moved and any(before.numel() for _, before in self.trained.values()):
             raise TrainingError(
@@ -58,6 +75,7 @@ class _Proof:
     def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
         self.layer_class = layer_class
         self.snapshot: _Snapshot | None = None
+        self.without_gradient = 0
 
 
 _under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
@@ -76,9 +94,19 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
 def _after_step(*_: Any) -> None:
     for model, proof in list(_under_proof.items()):
         snapshot, proof.snapshot = proof.snapshot, None
-        if snapshot is not None and snapshot.trained:
-            del _under_proof[model]
-            snapshot.check()
+        if snapshot is None or not snapshot.trained:
+            continue
+        proof.without_gradient += snapshot.without_gradient
+        if snapshot.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
+            if proof.without_gradient == 1:
+                warnings.warn(
+                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is ignored, "
+                    "or every sequence has one token.",
+                    stacklevel=2,
+                )
+            continue
+        del _under_proof[model]
+        snapshot.check()
 
 
 def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:

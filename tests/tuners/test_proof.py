@@ -45,6 +45,30 @@ def test_an_optimizer_without_gradients_is_noticed(peft_model):
         optimizer.step()
 
 
+class TestBatchesWithoutLabels:
+    def step(self, peft_model, optimizer, scale):
+        optimizer.zero_grad()
+        (peft_model(torch.randn(3, 64)).pow(2).sum() * scale).backward()
+        optimizer.step()
+
+    def test_the_first_one_is_noticed_and_no_proof(self, peft_model):
+        before = pending()
+        optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
+        with pytest.warns(UserWarning, match="every label of its batch is -100"):
+            self.step(peft_model, optimizer, 0.0)
+        assert pending() == before
+        self.step(peft_model, optimizer, 1.0)
+        assert pending() == before - 1
+
+    @pytest.mark.filterwarnings("ignore:All gradients")
+    def test_nothing_else_is_an_error(self, peft_model):
+        optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-4)
+        for _ in range(9):
+            self.step(peft_model, optimizer, 0.0)
+        with pytest.raises(TrainingError, match=r"zero in each of the first 10 .* every label is -100"):
+            self.step(peft_model, optimizer, 0.0)
+
+
 def test_an_optimizer_of_the_base_parameters_is_noticed(peft_model):
     head = peft_model.base_model.model.head.weight
     head.grad = torch.ones_like(head)
