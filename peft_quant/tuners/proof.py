@@ -1,7 +1,7 @@
 """Proof that training trains: what a method claims to train moves at the first optimizer step, and nothing else does.
 
-PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the first step that
-has a learning rate above zero, that involves any of its parameters and that has a gradient, and let go.
+PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the first step
+that has a learning rate above zero, involves any of its parameters and has a gradient, and let go.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _after_step(*_: Any) -> None:
         if snapshot.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
             if proof.without_gradient == 1:
                 warnings.warn(
-                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is ignored, "
-                    "or every sequence has one token.",
+                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is "
+                    "ignored, or every sequence has one token.",
                     stacklevel=2,
                 )
             continue

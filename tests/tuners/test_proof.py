@@ -166,8 +166,9 @@ class TestLREC:
 
     def test_weight_decay_of_a_is_none(self):
         peft_model = get_peft_model(PlainMLP(), LRECConfig())
-        for parameter in trainable(peft_model):
-            parameter.grad = torch.zeros_like(parameter)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_A" in name:
+                parameter.grad = torch.ones_like(parameter)
         optimizer = torch.optim.AdamW(trainable(peft_model), lr=1e-3, weight_decay=0.1)
         with pytest.raises(TrainingError, match="none of the 2 adapter tensors has moved"):
             optimizer.step()
