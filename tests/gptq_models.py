@@ -226,6 +226,13 @@ def float_llama(seed: int = 0, **options) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_config(**options)).eval()
 
 
+def forget_files(model: PreTrainedModel) -> PreTrainedModel:
+    """As if the files that a model was loaded from were gone."""
+    model.hf_quantizer.checkpoint_files = ()
+    model.config._name_or_path = ""
+    return model
+
+
 def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options) -> PreTrainedModel:
     """Load a checkpoint as users are told to."""
     kernel = GPTQConfig(bits=bits, backend=backend)

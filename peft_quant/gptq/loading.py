@@ -7,6 +7,7 @@ with random weights, which a log says and no error. Here the files decide.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cache
@@ -20,10 +21,16 @@ from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from ..ops.packing import SUPPORTED_BITS, WORD_BITS
+from ..ops.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
 from .check import InvalidCheckpointError
 from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
 from .names import loaded_names, missing_layers, of_experts
+from .source import Source, packed_modules, require_whole
+from .view import repacked, tensor_format, zero_offset
+from .zero_points import checkpoint_format, stored_zero_offset
+
+
+logger = logging.getLogger(__name__)
 
 
 class GPTQCheckpointQuantizer(GptqHfQuantizer):
@@ -143,6 +150,62 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
             g_idx: Any = model.get_submodule(name).g_idx
             g_idx.copy_(torch.arange(g_idx.numel(), device=g_idx.device) // size)
         super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def require_readable(model: nn.Module) -> None:
+    """Check that a model has packed what its files have packed, and read layers that their kernels repacked again.
+
+    Kernels for inference keep weights in layouts of their own, some from their first evaluation on. Where the files
+    that the model was loaded from are still there, such layers are replaced, in place, by ones with gptqmodel's torch
+    kernel.
+
+    Raises:
+        InvalidCheckpointError: the model lacks layers that the files have packed, or the reverse.
+    """
+    require_whole(model)
+    packed = packed_modules(model)
+    source = Source.of(model, packed.keys())
+    unreadable = [name for name, layer in packed.items() if repacked(layer)]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not unreadable or source is None or not isinstance(quantizer, GptqHfQuantizer):
+        return
+    logger.warning(
+        "%d layers were packed for inference by %s: they are read again from %s, for the kernel gptq_torch.",
+        len(unreadable),
+        type(packed[unreadable[0]]).__name__,
+        source.checkpoint.directory,
+    )
+    optimum = copy(quantizer.optimum_quantizer)
+    optimum.backend = "gptq_torch"
+    for name in unreadable:
+        if name in source.layers:
+            _read_again(model, name, source, optimum)
+
+
+def _read_again(model: nn.Module, name: str, source: Source, optimum: Any) -> None:
+    old: Any = model.get_submodule(name)
+    stored = source.layers[name]
+    tensors = source.checkpoint.packed(stored)
+    packed = tensor_format(stored, tensors, stored_zero_offset(checkpoint_format(model) or "gptq"))
+    bias = source.checkpoint.tensors.get(f"{stored}.bias")
+    optimum.bits, optimum.group_size = packed.bits, packed.group_size if packed.groups > 1 else -1
+    optimum.select_quant_linear(device_map=None, pack=False)
+    layer: Any = optimum.quant_linear(
+        packed.bits,
+        optimum.group_size,
+        packed.act_order,
+        packed.symmetric,
+        packed.in_features,
+        packed.out_features,
+        bias is not None,
+    )
+    kept = zero_offset(layer, name)
+    state = tensors._replace(qzeros=convert_zeros(tensors.qzeros, packed.bits, packed.zero_offset, kept))._asdict()
+    layer.load_state_dict(state if bias is None else {**state, "bias": bias.read()})
+    layer.qzero_format(format=2 - kept)
+    layer.post_init()
+    device = next(buffer.device for buffer in old.buffers() if not buffer.is_meta)
+    model.set_submodule(name, layer.to(device).train(old.training))
 
 
 def _linear_layers(model: nn.Module) -> set[str]:

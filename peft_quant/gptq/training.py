@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .source import require_whole
+from .loading import require_readable
 from .view import is_packed, linear, read_format
 from .zero_points import keep_checkpoint_format
 
@@ -38,10 +38,10 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
             [`peft_quant.gptq.read_format`]. No layer is changed then.
         RepackedLayerError: as [`peft_quant.gptq.read_format`].
     """
-    layers = {name: module for name, module in model.named_modules() if is_packed(module)}
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is not None:
-        require_whole(whole)
+        require_readable(whole)
+    layers = {name: module for name, module in model.named_modules() if is_packed(module)}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no GPTQ layers to prepare. Load a GPTQ checkpoint with "

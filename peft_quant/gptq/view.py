@@ -98,7 +98,9 @@ def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
     """
     kind = type(layer).__name__
     name = f"{name} ({kind})" if name else kind
-    _refuse_repacked(layer, name)
+    reason = repacked(layer)
+    if reason:
+        raise RepackedLayerError(f"{name} cannot be trained: {reason}. {_LOAD_WITH_TORCH_KERNEL}")
     tensors = packed_tensors(layer)
     qweight, g_idx = tensors.qweight, tensors.g_idx
     if qweight.is_meta and hasattr(layer, "_hf_hook"):
@@ -138,19 +140,18 @@ def tensor_format(name: str, tensors: PackedTensors, offset: int) -> PackedForma
     )
 
 
-def _refuse_repacked(layer: nn.Module, name: str) -> None:
+def repacked(layer: nn.Module) -> str | None:
+    """Why the packed tensors of a layer cannot be read, if its kernel changed them; else None."""
     quant_type = _quant_type(layer)
     if getattr(layer, "SUPPORTS_TRAINING", None) is False or quant_type in _REPACKING_AUTO_GPTQ:
-        reason = f"its kernel ({quant_type}) keeps the weights in a layout of its own"
-    elif getattr(layer, "linear_mode", None) == "inference":
-        reason = "its kernel repacked the weights for inference when the model was first evaluated"
-    elif getattr(layer, "planar", False):
-        reason = "it uses the planar gptq_p layout, not GPTQ's"
-    elif not _has_packed_tensors(layer):
-        reason = f"its kernel ({quant_type}) removed the packed tensors"
-    else:
-        return
-    raise RepackedLayerError(f"{name} cannot be trained: {reason}. {_LOAD_WITH_TORCH_KERNEL}")
+        return f"its kernel ({quant_type}) keeps the weights in a layout of its own"
+    if getattr(layer, "linear_mode", None) == "inference":
+        return "its kernel repacked the weights for inference when the model was first evaluated"
+    if getattr(layer, "planar", False):
+        return "it uses the planar gptq_p layout, not GPTQ's"
+    if not _has_packed_tensors(layer):
+        return f"its kernel ({quant_type}) removed the packed tensors"
+    return None
 
 
 def _check_stated_shape(layer: nn.Module, name: str, bits: int, in_features: int, out_features: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..gptq import PackedFormat, dequantize, is_packed, packed_tensors, read_format
-from ..gptq.source import require_whole
+from ..gptq.loading import require_readable
 from ..ops.packing import unpack_rows
 from .config import QFTConfig
 from .policy import int8_modules
@@ -44,7 +44,7 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
     """
     config = config or QFTConfig()
     _refuse_quantized(model)
-    require_whole(model)
+    require_readable(model)
     modules = int8_modules(model, config)
     formats = {name: read_format(layer, name) for name, layer in modules.items() if is_packed(layer)}
     float_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

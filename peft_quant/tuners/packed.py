@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from .. import gptq
 from ..gptq.base_record import Layers, describe_base, digests, require_base
 from ..gptq.fingerprint import fingerprint
-from ..gptq.source import Source, packed_modules, require_whole
+from ..gptq.loading import require_readable
+from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..registry import check_adapters, write_cards
 from ..report.card import update_card
@@ -147,7 +148,7 @@ class PackedTuner(BaseTuner):
         return {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        require_whole(self.model)
+        require_readable(self.model)
         packed_layers = packed_modules(self.model)
         if not packed_layers:
             raise ValueError(_no_packed_layers(self.model, peft_config.peft_type.value))
@@ -393,7 +394,7 @@ def _check_saved(
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = load_peft_weights(path, device="cpu", **hub_options)
-    require_trained(path, config, weights, partial(_stored_rows, base), getattr(base, "all_tied_weights_keys", {}))
+    require_trained(path, config, weights, partial(_stored_rows, base))
     recorded = config.base_quantization
     if recorded is None:
         warnings.warn(

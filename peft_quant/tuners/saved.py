@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +16,7 @@ _TOKENS = ".trainable_tokens_delta"
 
 
 def require_trained(
-    adapter: str,
-    config: Any,
-    weights: Mapping[str, torch.Tensor],
-    base: Callable[[str], torch.Tensor | None],
-    ties: Mapping[str, str] = MappingProxyType({}),
+    adapter: str, config: Any, weights: Mapping[str, torch.Tensor], base: Callable[[str], torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
     """Check that the tensors of a saved adapter are finite and are what its configuration trains.
 
@@ -33,7 +28,6 @@ def require_trained(
         config: its configuration.
         weights: its tensors, by name.
         base: gives the tensor of the base of a name, with the base's own number of rows; None if it has none.
-        ties: tensors of the model that are the same one, in pairs of names.
 
     Returns:
         The tensors that differ from the base's, by their names in the base model.
@@ -42,17 +36,18 @@ def require_trained(
         ValueError: naming the tensor.
     """
     trained: dict[str, torch.Tensor] = {}
-    partners = {**ties, **{other: name for name, other in ties.items()}}
+    whole = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in weights.items()}
     keeps_ties = getattr(config, "ensure_weight_tying", False)
-    for key, tensor in weights.items():
-        name = key.removeprefix(KEY_PREFIX)
+    for name, tensor in whole.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise ValueError(
                 f"{adapter}: {name} holds {bad} NaN or infinite values among {tensor.numel()}, so it is damaged or "
                 "its training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
             )
-        is_ours = is_trained(name, config) or (keeps_ties and is_trained(partners.get(name, ""), config))
+        is_ours = is_trained(name, config) or (
+            keeps_ties and any(is_trained(other, config) and torch.equal(tensor, whole[other]) for other in whole)
+        )
         of_base = None if is_ours else base(name)
         if not is_ours and not _is_of_base(tensor, of_base):
             raise ValueError(

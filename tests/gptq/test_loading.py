@@ -111,6 +111,48 @@ class TestModelsThatAreWhole:
         assert recorded["checkpoint"] is None
 
 
+class TestRepackedLayers:
+    """Kernels that repacked their weights are replaced, by what the files say."""
+
+    @pytest.fixture(params=({}, {"act_order": True}, {"symmetric": False, "group_size": -1}))
+    def base(self, request, tmp_path):
+        return save_tiny_llama(tmp_path / "base", **request.param)
+
+    @pytest.fixture
+    def repacked(self, base, input_ids):
+        """Of layers that gptqmodel's CPU kernels repack at their first evaluation, or in the place of such."""
+        model = load(base)
+        expected = get_peft_model(model, PEQAConfig()).eval()
+        repacked = load(base)
+        for layer in packed_modules(repacked).values():
+            layer.linear_mode = "inference"
+            layer.qweight.zero_()
+        return repacked, expected
+
+    def test_take_an_adapter(self, repacked, input_ids, caplog):
+        model, expected = repacked
+        adapted = get_peft_model(model, PEQAConfig()).eval()
+        assert "14 layers were packed for inference by TorchLinear" in caplog.text
+        for (name, buffer), (_, other) in zip(expected.named_buffers(), adapted.named_buffers()):
+            assert torch.equal(buffer, other), name
+        assert torch.equal(adapted(input_ids).logits, expected(input_ids).logits)
+
+    def test_are_prepared_and_held_in_int8(self, repacked, input_ids):
+        model, expected = repacked
+        prepare_gptq_for_training(model)
+        torch.testing.assert_close(model(input_ids).logits, expected(input_ids).logits)
+        for layer in packed_modules(model).values():
+            layer.linear_mode = "inference"
+        assert not packed_modules(quantize_model(model))
+
+    def test_of_a_cpu_kernel(self, checkpoint, input_ids):
+        model = load(checkpoint, backend="auto")
+        model(input_ids)
+        adapted = get_peft_model(model, PEQAConfig()).eval()
+        expected = get_peft_model(load(checkpoint), PEQAConfig()).eval()
+        assert torch.equal(adapted(input_ids).logits, expected(input_ids).logits)
+
+
 class TestWhatTheFilesSay:
     def test_bits_and_groups_of_each_layer(self, tmp_path):
         FAMILIES["Llama, mixed bits"].save(tmp_path / "base")

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from gptq_models import DENSE_BYTES, PlainMLP, load, save_tiny_llama, saved_for_backward, tiny_config
+from gptq_models import DENSE_BYTES, PlainMLP, forget_files, load, save_tiny_llama, saved_for_backward, tiny_config
 from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
@@ -113,8 +113,8 @@ class TestTargets:
         with pytest.raises(ValueError, match=r"LREC adapts GPTQ-packed layers, and LlamaForCausalLM has none"):
             get_peft_model(float_model, config())
 
-    def test_a_repacked_model_is_refused_before_anything_changes(self, checkpoint, input_ids):
-        model = load(checkpoint, backend="auto")
+    def test_a_repacked_model_without_files_is_refused_before_anything_changes(self, checkpoint, input_ids):
+        model = forget_files(load(checkpoint, backend="auto"))
         logits(model, input_ids)
         with pytest.raises(RepackedLayerError, match=r'model\.layers\.0\.self_attn\.._proj.*backend="gptq_torch"'):
             get_peft_model(model, config())

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from gptq_models import DENSE_BYTES, PlainMLP, load, save_tiny_llama, saved_for_backward
+from gptq_models import DENSE_BYTES, PlainMLP, forget_files, load, save_tiny_llama, saved_for_backward
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -116,8 +116,8 @@ class TestTargets:
         with pytest.raises(ValueError, match="is quantized with bitsandbytes"):
             get_peft_model(float_model, config())
 
-    def test_a_repacked_model_is_refused_before_anything_changes(self, checkpoint, input_ids):
-        model = load(checkpoint, backend="auto")
+    def test_a_repacked_model_without_files_is_refused_before_anything_changes(self, checkpoint, input_ids):
+        model = forget_files(load(checkpoint, backend="auto"))
         logits(model, input_ids)
         with pytest.raises(RepackedLayerError, match=r'model\.layers\.0\.self_attn\.._proj.*backend="gptq_torch"'):
             get_peft_model(model, config())
