@@ -166,7 +166,8 @@ class TestLREC:
             if isinstance(layer, LRECLinear):
                 delta = layer.get_delta_weight("default")
                 if name.endswith("q_proj"):
-                    assert torch.equal(delta, expected[name].get_delta_weight("default"))
+                    # a product of matrices that may lie in the mapping of a file, where sums may be of another order
+                    torch.testing.assert_close(delta, expected[name].get_delta_weight("default"))
                 else:
                     assert not delta.any()
 
