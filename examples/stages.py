@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GPTQMODEL_DISABLE_GIL_WARNING", "1")
 os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # or the first packing compiles C++ for a minute
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
 for noisy in ("torchao", "torch.utils._pytree", "optimum"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -54,7 +54,7 @@ class ReportCallback(TrainerCallback, ExportableState):
 
     It has what was trained and how, the curves of what was logged, the memory by part and its measured peak, how far
     each layer moved, the perplexity before and after, and what the model said to some prompts before and after. Works
-    with [`~transformers.Trainer`] and trainers derived from it; training gives the same bits with and without it.
+    with [`~transformers.Trainer`] and trainers derived from it, and changes nothing of the training.
 
     "Before" is an evaluation before the first step, which this asks for if the run evaluates at all
     (`eval_strategy`), or that of a `trainer.evaluate()` before training. A resumed run goes on with its checkpoint's.

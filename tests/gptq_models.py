@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -238,3 +239,21 @@ def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options)
     kernel = GPTQConfig(bits=bits, backend=backend)
     options = {"dtype": torch.float32, **options}
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=kernel, **options).eval()
+
+
+def assert_loaded(
+    model: nn.Module, saved: nn.Module, outputs: Callable[[nn.Module], torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """An adapter of `model`, with or without PEFT's wrapper, is the one that was saved: bit by bit, and in effect.
+
+    Tensors that stay in the mapping of their file begin at any multiple of 8 bytes, PyTorch's own at multiples of 64.
+    How a product of them is summed, and so rounded, may depend on that.
+    """
+    found, expected = (
+        {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+        for state in (get_peft_model_state_dict(model, adapter_name=adapter_name), get_peft_model_state_dict(saved))
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model), outputs(saved), rtol=1e-4, atol=1e-4)

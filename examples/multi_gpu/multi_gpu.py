@@ -151,6 +151,7 @@ def main() -> None:
         for row in rows:
             print(f"| {' | '.join(f'{value:,.4g}' for value in row.values())} |")
         print(f"\n{sum(row['tokens/s'] for row in rows):,.0f} tokens/s together\n\n{versions()}")
+    trainer.accelerator.end_training()  # threads of the process group may abort a process that ends before them
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def finish(
     eval_data: str | None,
     rows: Mapping[str, float | None],
 ) -> None:
-    """Print the perplexities, write the card and push, if that was asked for.
+    """Print the perplexities, write the card, push, if that was asked for, and leave the group of processes.
 
     Args:
         command: words of the command before its options.
@@ -179,6 +179,7 @@ def finish(
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         say(f"pushed to {trainer.hub_model_id}")
+    trainer.accelerator.end_training()  # whose threads may abort a process that ends before them
 
 
 def _as_text(value: Any) -> str:

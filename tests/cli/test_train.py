@@ -251,6 +251,16 @@ class TestResuming:
         assert_equal(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_the_group_of_processes_is_left(train):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert train("peqa").code == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_two_processes_of_accelerate(train, models, text, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_smoke(name, tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr().out
     assert [line for line in PRINTED[name] if line not in printed] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP there")
+def test_threads_sleep_while_they_wait():
+    """As GNU's OpenMP itself says, which reads the environment when PyTorch is imported and not again."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    command = [sys.executable, "-c", "import stages"]
+    result = subprocess.run(command, cwd=EXAMPLES, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "GOMP_SPINCOUNT = '0'" in result.stderr

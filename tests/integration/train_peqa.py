@@ -38,3 +38,4 @@ trained = {name: parameter.detach() for name, parameter in model.named_parameter
 name = f"process{arguments.process_index}of{arguments.world_size}.safetensors"
 save_file(trained, out / name)
 trainer.save_model(out / "adapter")
+trainer.accelerator.end_training()  # threads of the process group may abort a process that ends before them

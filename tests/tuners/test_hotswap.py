@@ -128,7 +128,8 @@ class TestLREC:
         expected = logits(PeftModel.from_pretrained(load(checkpoint), second), input_ids)
         assert not torch.allclose(logits(model, input_ids), expected)
         hotswap_adapter(model, second, "default", torch_device="cpu")
-        torch.testing.assert_close(logits(model, input_ids), expected)
+        # a lower rank is filled up with zeros, and summed in another order
+        torch.testing.assert_close(logits(model, input_ids), expected, rtol=1e-4, atol=1e-4)
 
     def test_a_compiled_model_is_not_compiled_again(self, checkpoint, save, input_ids):
         model = PeftModel.from_pretrained(load(checkpoint), save("first"))
@@ -166,7 +167,8 @@ class TestLREC:
             if isinstance(layer, LRECLinear):
                 delta = layer.get_delta_weight("default")
                 if name.endswith("q_proj"):
-                    assert torch.equal(delta, expected[name].get_delta_weight("default"))
+                    # a product of matrices that may lie in the mapping of a file, where sums may be of another order
+                    torch.testing.assert_close(delta, expected[name].get_delta_weight("default"))
                 else:
                     assert not delta.any()
 

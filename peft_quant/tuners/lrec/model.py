@@ -153,6 +153,11 @@ class LRECModel(PackedTuner, LoraModel):
             self._take_over_modules(adapters, adapter_name)
         finally:
             self.peft_config.update(given)
+        for _, layer in self._adapted_layers():
+            if adapter_name in layer.lora_A:
+                for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                    # by `svd` it is a strided view that keeps all singular vectors
+                    matrix.weight.data = matrix.weight.data.clone(memory_format=torch.contiguous_format)
 
     def _adapted_layers(self) -> list[tuple[str, LRECLinear]]:
         return [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LRECLinear)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -63,9 +65,8 @@ class PEQALayer(AdaptedLinear):
 
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
-        scales = self.base_scales.float()
-        for name in adapter_names:
-            scales = scales + self.peqa_scales[name].float()
+        delta = reduce(add, (self.peqa_scales[name].float() for name in adapter_names))
+        scales = self.base_scales.float() + delta
         return round_scales_straight_through(scales, self.packed.scale_dtype, self._serving_dtype(adapter_names))
 
     def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:

@@ -362,7 +362,8 @@ class TestFloatModel:
         for linear in float_model.children():  # as transformers' Conv1D
             linear.weight.data = linear.weight.data.t().contiguous()
         transposed = [row.weight_error_after for row in initialize_lrec_weights(model, float_model, "svd")]
-        assert straight == transposed
+        # norms are sums in the order of memory
+        assert straight == pytest.approx(transposed, rel=1e-5)
 
 
 def random_square():
