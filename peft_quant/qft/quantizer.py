@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ class QFTQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QFTConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._int8: frozenset[str] = frozenset()
+        self._dtypes: dict[str, torch.dtype] = {}
         self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, from files that are to be checked
         self.only_first_rows = False
         self.conversions: list[WeightTransform] = []
@@ -120,11 +122,13 @@ class QFTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._int8 = frozenset(f"{name}.weight" for name in int8_modules(model, self.quantization_config))
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self.pre_quantized and checkpoint_files is not None:
             self._loading = model, checkpoint_files
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._quantize_new(model)
+        self._cast_renamed(model)
         self.choose_conversions(model)
         return model
 
@@ -138,6 +142,15 @@ class QFTQuantizer(HfQuantizer):
                 int8 = Int8Weight.from_dense(weight, self.quantization_config.outlier_ratio)
                 encoded[id(weight)] = nn.Parameter(int8, requires_grad=weight.requires_grad)
             model.get_submodule(name.rpartition(".")[0]).weight = encoded[id(weight)]
+
+    def _cast_renamed(self, model: PreTrainedModel) -> None:
+        """Give float parameters the dtype asked for; transformers 5.14 keeps the file's if it renames them."""
+        for name, dtype in self._dtypes.items():
+            parameter = model.get_parameter(name)
+            if isinstance(parameter, Int8Weight) or parameter.dtype == dtype:
+                continue
+            if not any(re.search(kept, name) for kept in model._get_dtype_plan(dtype)):
+                parameter.data = parameter.data.to(dtype)
 
     def choose_conversions(self, model: PreTrainedModel) -> None:
         """Choose which of the model's conversions `save_pretrained` reverts."""
@@ -207,14 +220,16 @@ def int8_names(model: nn.Module) -> list[str]:
 
 def _check_policy(model: PreTrainedModel, config: QFTConfig) -> None:
     """Raise a `ValueError` if a checkpoint of the model would not be what its config says."""
-    policy = {f"{name}.weight" for name in int8_modules(model, config)}
-    found = set(int8_names(model))
-    for names, state, expected in ((policy - found, "float", "int8"), (found - policy, "int8", "float")):
+    policy = [f"{name}.weight" for name in int8_modules(model, config)]
+    in_policy = {id(model.get_parameter(name)) for name in policy}
+    in_float = [name for name in policy if not isinstance(model.get_parameter(name), Int8Weight)]
+    in_int8 = [name for name in int8_names(model) if id(model.get_parameter(name)) not in in_policy]
+    for names, state, expected in ((in_float, "float", "int8"), (in_int8, "int8", "float")):
         if names:
             raise ValueError(
-                f"{len(names)} weights, first {min(names)}, are in {state} and in {expected} by the model's "
-                f"quantization config, so that its checkpoint could not be loaded. They were replaced after the model "
-                "was quantized: quantize it as it now is (`quantize_model` on the float model), or name what is to "
+                f"{len(names)} weights, first {names[0]}, are in {state} and in {expected} by the model's "
+                f"quantization config, so that its checkpoint could not be loaded: they were replaced after the model "
+                "was quantized. Quantize it as it now is (`quantize_model` on the float model), or name what is to "
                 "stay in float in QFTConfig(modules_to_not_convert=...)."
             )
 
