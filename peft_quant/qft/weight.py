@@ -25,9 +25,9 @@ class Int8Weight(torch.Tensor):
 
     It looks like a tensor of a floating point dtype, in which it decodes. `F.linear` and `F.embedding` decode it and
     keep nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored as they are;
-    every other operation runs on the decoded weight, and one that writes encodes the result, to nearest. A dense `data`
-    of more or fewer rows, as transformers assigns when it resizes embeddings, is encoded too, but for the rows that it
-    leaves as they are.
+    every other operation runs on the decoded weight, and one that writes encodes the result, to nearest. So does an
+    assignment of `data`, of any number of rows, but for those that stay as they were: transformers resizes embeddings
+    by it.
 
     Attributes:
         codes: int8 `[N, K]`.
