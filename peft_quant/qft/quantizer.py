@@ -46,7 +46,7 @@ class QFTQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QFTConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._int8: frozenset[str] = frozenset()
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, from files that are to be checked
         self.only_first_rows = False
         self.conversions: list[WeightTransform] = []
@@ -122,13 +122,13 @@ class QFTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._int8 = frozenset(f"{name}.weight" for name in int8_modules(model, self.quantization_config))
-        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         if self.pre_quantized and checkpoint_files is not None:
             self._loading = model, checkpoint_files
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._quantize_new(model)
-        self._cast_renamed(model)
+        self._check_floats(model)
         self.choose_conversions(model)
         return model
 
@@ -143,10 +143,15 @@ class QFTQuantizer(HfQuantizer):
                 encoded[id(weight)] = nn.Parameter(int8, requires_grad=weight.requires_grad)
             model.get_submodule(name.rpartition(".")[0]).weight = encoded[id(weight)]
 
-    def _cast_renamed(self, model: PreTrainedModel) -> None:
-        """Give float parameters the dtype asked for; transformers 5.14 keeps the file's if it renames them."""
-        for name, dtype in self._dtypes.items():
+    def _check_floats(self, model: PreTrainedModel) -> None:
+        """What transformers 5.14 leaves undone in quantized models: other shapes are refused, renamed tensors cast."""
+        for name, (shape, dtype) in self._expected.items():
             parameter = model.get_parameter(name)
+            if parameter.shape != shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(parameter.shape)} in the checkpoint, and {tuple(shape)} in a "
+                    f"{type(model).__name__} of this config: load it with the config it was saved with."
+                )
             if isinstance(parameter, Int8Weight) or parameter.dtype == dtype:
                 continue
             if not any(re.search(kept, name) for kept in model._get_dtype_plan(dtype)):
