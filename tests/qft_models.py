@@ -143,6 +143,13 @@ FAMILIES = {
         _DISTILBERT,
         ("DistilBertModel", "DistilBertForMaskedLM"),
     ),
+    "ModernBERT classifier": Family(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_ENCODER, "cls_token_id": 1, "sep_token_id": 2},
+        ("ModernBertModel",),
+        gptq=False,
+    ),
     "NomicBERT classifier": Family(  # whose files hold several weights as one
         "NomicBertForSequenceClassification", "NomicBertConfig", _ENCODER, ("NomicBertModel",)
     ),

@@ -124,6 +124,14 @@ def _check_weight(
         ) from error
 
 
+def loading_difference(found: Mapping[str, Collection[Any]]) -> str | None:
+    """What a checkpoint has less or more than the model that it was loaded into, by transformers' loading info."""
+    for what, names in found.items():
+        if names:
+            return f"{len(names)} {what.replace('_', ' ')}, first {min(map(str, names))}"
+    return None
+
+
 def layout_difference(model: nn.Module, other: nn.Module) -> str | None:
     """What differs between two models in what is int8 and how; None if nothing does."""
     ours, theirs = (

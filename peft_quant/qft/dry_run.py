@@ -11,7 +11,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..gptq.checkpoint import read_header
-from .checkpoint import layout_difference
+from .checkpoint import layout_difference, loading_difference
 
 
 if TYPE_CHECKING:
@@ -51,15 +51,14 @@ def require_readable(model: PreTrainedModel, directory: Path) -> None:
         config=type(model.config).from_pretrained(directory),
         state_dict=revert_weight_conversion(model, shapes),
         device_map="meta",
+        ignore_mismatched_sizes=True,  # which shapes are others is said below
         output_loading_info=True,
     )
-    for what, names in found.items():
-        if names:
-            raise ValueError(f"{what.replace('_', ' ')}, first {sorted(map(str, names))[0]}")
+    del found["mismatched_keys"]
     own, other = model.state_dict(), loaded.state_dict()
     for name in own:
         if name in other and own[name].shape != other[name].shape:
             raise ValueError(f"{name} would have the shape {tuple(other[name].shape)}, not {tuple(own[name].shape)}")
-    difference = layout_difference(model, loaded)
+    difference = loading_difference(found) or layout_difference(model, loaded)
     if difference:
         raise ValueError(difference)

@@ -24,7 +24,7 @@ from ..gptq.checkpoint import replaced_files
 from ..report.card import QFT, README, update_card
 from ..report.memory import MemoryReport
 from ..resume import last_complete_checkpoint
-from .checkpoint import layout_difference
+from .checkpoint import layout_difference, loading_difference
 from .dry_run import first_rows_only, require_readable
 from .export import LogitError, export_qft
 from .lion import QuantizedLion
@@ -415,9 +415,17 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
     """Put a checkpoint's weights into a model, bit by bit as they are.
 
     Raises:
-        ValueError: the checkpoint holds other weights in int8, or otherwise.
+        ValueError: the checkpoint is of another model, or holds other weights in int8, or otherwise.
     """
-    saved = type(model).from_pretrained(directory, dtype=torch.float32)  # which holds every 16-bit number
+    model_class: Any = type(model)
+    options = {"dtype": torch.float32, "output_loading_info": True}  # fp32 holds every 16-bit number
+    saved, found = model_class.from_pretrained(directory, **options)
+    difference = loading_difference(found)
+    if difference:
+        raise ValueError(
+            f"{directory} is a checkpoint of another model than this {model_class.__name__}: {difference}. Resume "
+            "from one of this model's own."
+        )
     difference = layout_difference(model, saved)
     if difference:
         raise ValueError(
