@@ -62,7 +62,7 @@ def check_checkpoint(
         files: its safetensors files.
         model: that it is to be loaded into, without values.
         conversions: by which transformers makes parameters of what is in the files.
-        int8: the parameters that the policy puts in int8. Those that are not in the files are none of its business.
+        int8: the parameters that the policy puts in int8, whether the files have them or not.
 
     Raises:
         InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of

@@ -108,7 +108,7 @@ def _embeddings(model: Any, which: str) -> nn.Module | None:
 def _added_to_base(model: nn.Module) -> set[nn.Module]:
     """Modules that belong neither to the model's base model nor to another model within it."""
     base = getattr(model, "base_model", model)
-    if base is model:
+    if base is model or not isinstance(base, nn.Module):
         return set()
     within = [base, *(part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)]
     return set(model.modules()) - {module for part in within for module in part.modules()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
@@ -16,10 +17,6 @@ from .config import QUANT_METHOD, QFTConfig
 from .names import conversions_apart_from, conversions_to_revert, parameters_of, saved_as
 from .policy import int8_modules
 from .weight import Int8Weight
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class QFTQuantizer(HfQuantizer):
@@ -98,7 +95,7 @@ class QFTQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if not getattr(model, "_hf_peft_config_loaded", False):  # of which nothing but adapters is saved
-            _check_policy(model, self.quantization_config)
+            _require_policy(model, self.quantization_config)
             self._check_names(model)
         tensors = flatten(model.state_dict(), getattr(model, "all_tied_weights_keys", {}))
         if self.only_first_rows:
@@ -172,6 +169,9 @@ class _Assemble(ConversionOps):
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
+        return self  # transformers copies conversions for every weight, and this has nothing of one
+
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -223,7 +223,7 @@ def int8_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in parameters if isinstance(parameter, Int8Weight)]
 
 
-def _check_policy(model: PreTrainedModel, config: QFTConfig) -> None:
+def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
     """Raise a `ValueError` if a checkpoint of the model would not be what its config says."""
     policy = [f"{name}.weight" for name in int8_modules(model, config)]
     in_policy = {id(model.get_parameter(name)) for name in policy}
@@ -246,4 +246,5 @@ def attach_quantizer(model: Any, config: QFTConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     model.config._is_quantized = True
-    model.hf_quantizer.choose_conversions(model)
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer.choose_conversions(model)

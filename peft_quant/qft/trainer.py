@@ -327,9 +327,9 @@ class QFTTrainer(QFTMixin, Trainer):
     evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
     that `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
 
-    Before the first step, `memory_report` and the log say what takes how many bytes, and a checkpoint of a row of
-    every tensor is written and removed; after it, what is trained must have moved. A step whose gradients are not
-    finite changes nothing; `skipped_steps` in the logs counts them.
+    Before the first step, `memory_report` and the log say what takes how many bytes, a checkpoint of a row of every
+    tensor is written and removed, and one of the whole shapes is loaded without values; after it, what is trained must
+    have moved. A step whose gradients are not finite changes nothing; `skipped_steps` in the logs counts them.
 
     Args:
         model: with int8 weights, from [`quantize_model`] or an int8 checkpoint.
