@@ -234,11 +234,13 @@ def forget_files(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load(directory: Path, bits: int = 4, backend: str = "gptq_torch", **options) -> PreTrainedModel:
+def load(
+    directory: Path, bits: int = 4, backend: str = "gptq_torch", model_class: type = AutoModelForCausalLM, **options
+) -> PreTrainedModel:
     """Load a checkpoint as users are told to."""
     kernel = GPTQConfig(bits=bits, backend=backend)
     options = {"dtype": torch.float32, **options}
-    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=kernel, **options).eval()
+    return model_class.from_pretrained(directory, quantization_config=kernel, **options).eval()
 
 
 def assert_loaded(

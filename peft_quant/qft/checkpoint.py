@@ -2,88 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import WeightTransform
 
 from ..gptq.check import InvalidCheckpointError
-from ..gptq.checkpoint import read_tensors
+from ..gptq.checkpoint import StoredTensor, read_tensors
+from .names import parameters_of
 from .weight import Int8Weight
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PARTS = ("codes", "scales", "outlier_columns", "outlier_values")
+PATTERNS = {rf"\.{part}$": part for part in PARTS}
+"""Of the parts' names, as conversions of transformers have them."""
 
 
-def flatten(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of plain tensors, in which tied int8 weights are once."""
+def part_names(name: str) -> list[str]:
+    """The names of the parts of a weight, which lie beside it."""
+    layer = name.rpartition(".")[0]
+    return [f"{layer}.{part}" if layer else part for part in PARTS]
+
+
+def flatten(state_dict: Mapping[str, torch.Tensor], tied: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """A state dict of plain tensors, in which int8 weights of several names are once.
+
+    Args:
+        state_dict: of a model.
+        tied: names that the model ties to others, by which no weight is called that has another name.
+    """
     flat: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in state_dict.items():
+    for name in sorted(state_dict, key=lambda name: name in tied):
+        tensor = state_dict[name]
         if not isinstance(tensor, Int8Weight):
             flat[name] = tensor
             continue
         if tensor.codes.data_ptr() in seen:
             continue
         seen.add(tensor.codes.data_ptr())
-        layer = name.rpartition(".")[0]
-        for part, value in tensor.parts.items():
-            flat[f"{layer}.{part}" if layer else part] = value
+        flat |= {part: value for part, value in zip(part_names(name), tensor._tensors()) if value is not None}
     return flat
 
 
-def check_checkpoint(files: Iterable[str | Path], expected: Mapping[str, tuple[int, int]]) -> None:
-    """Check an int8 checkpoint before anything of it is loaded.
+def check_checkpoint(
+    files: Iterable[str | Path], model: PreTrainedModel, conversions: Iterable[WeightTransform], int8: Collection[str]
+) -> None:
+    """Check an int8 checkpoint before anything of it is loaded. What the model does not have is not looked at.
 
     Args:
         files: its safetensors files.
-        expected: shape of each int8 weight that the model's policy asks for, by the name of its module; of tied
-            weights, one suffices.
+        model: that it is to be loaded into, without values.
+        conversions: by which transformers makes parameters of what is in the files.
+        int8: the parameters that the policy puts in int8, whether the files have them or not.
 
     Raises:
         InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of
-            range, or the layers in int8 are others.
+            range, a weight is there twice, or other parameters are in int8.
     """
-    shards = {name: tensor.file for name, tensor in read_tensors(files).items()}
-    found = {name.rpartition(".")[0] for name in shards if name.rpartition(".")[2] == "codes"}
-    unasked = sorted(found - expected.keys())
-    if unasked:
-        raise InvalidCheckpointError(
-            f"The checkpoint has {len(unasked)} weights in int8, first {unasked[0]}, that the policy in its "
-            "config.json leaves in float: it was put together from two, or the quantization config was changed. Save "
-            "it again."
-        )
-    floats = sorted(name for name in expected.keys() - found if f"{name}.weight" in shards)
-    if floats:
-        raise InvalidCheckpointError(
-            f"The checkpoint has {len(floats)} weights in float, first {floats[0]}, that the policy in its "
-            "config.json puts in int8: it was put together from two, or the quantization config was changed. Save it "
-            "again."
-        )
-    for name in sorted(found):
-        _check_weight(name, shards, expected[name])
+    stored = read_tensors(files)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, dict[str, str]] = defaultdict(dict)  # names of parts
+    floats: dict[str, str] = {}
+    for name, (parameters, pattern) in parameters_of(stored, model, conversions).items():
+        for parameter in own.keys() & parameters:
+            found, key = (weights[parameter], PATTERNS[pattern]) if pattern in PATTERNS else (floats, parameter)
+            if pattern in PATTERNS and key in found:
+                raise InvalidCheckpointError(_twice(parameter, found[key], name))
+            found[key] = name
+    _check_policy(model, "in int8", "leaves in float", weights.keys() - int8)
+    _check_policy(model, "in float", "puts in int8", (floats.keys() & int8) - weights.keys())
+    for parameter, parts in sorted(weights.items()):
+        if parameter in floats:
+            raise InvalidCheckpointError(_twice(parameter, *parts.values(), floats[parameter]))
+        _check_weight(parameter, parts, stored, tuple(own[parameter].shape))
 
 
-def _check_weight(name: str, shards: Mapping[str, Path], shape: tuple[int, int]) -> None:
-    parts: dict[str, Any] = {}
-    for part in PARTS:
-        if f"{name}.{part}" in shards:
-            with safe_open(shards[f"{name}.{part}"], framework="pt") as file:
-                parts[part] = file.get_tensor(f"{name}.{part}")
+def _check_policy(model: PreTrainedModel, found: str, expected: str, parameters: Collection[str]) -> None:
+    if parameters:
+        raise InvalidCheckpointError(
+            f"The checkpoint has {len(parameters)} weights {found}, first {min(parameters).removesuffix('.weight')}, "
+            f"that the quantization config in its config.json {expected} in a {type(model).__name__}: the two were "
+            "not saved together, or one of them was changed since. Save the checkpoint again, or restore the file "
+            "that was changed."
+        )
+
+
+def _twice(parameter: str, *names: str) -> str:
+    return (
+        f"{parameter} is in the checkpoint more than once, as {', '.join(names)}: files of several checkpoints lie in "
+        "one directory, or it was put together from several. Save it again, to a directory of its own."
+    )
+
+
+def _check_weight(
+    parameter: str, names: Mapping[str, str], stored: Mapping[str, StoredTensor], shape: tuple[int, ...]
+) -> None:
+    parts: dict[str, Any] = {part: stored[name].read() for part, name in names.items()}
     try:
+        for needed, other in (("codes", "scales"), ("scales", "codes")):
+            if needed not in parts:
+                raise ValueError(f"it has {other if other in parts else 'outliers'} and no {needed}.")
         if parts["codes"].shape != shape:
             raise ValueError(f"codes have shape {tuple(parts['codes'].shape)}, the model's weight {shape}.")
-        if "scales" not in parts:
-            raise ValueError("it has codes and no scales.")
         Int8Weight.from_parts(**parts)
     except ValueError as error:
         raise InvalidCheckpointError(
-            f"{name} is not a valid int8 weight: {error} The checkpoint is damaged or for another model; copy or save "
-            "it again."
+            f"{parameter.removesuffix('.weight')} is not a valid int8 weight: {error} The checkpoint is damaged or "
+            "for another model; copy or save it again."
         ) from error
+
+
+def loading_difference(found: Mapping[str, Collection[Any]]) -> str | None:
+    """What a checkpoint has less or more than the model that it was loaded into, by transformers' loading info."""
+    for what, names in found.items():
+        if names:
+            return f"{len(names)} {what.replace('_', ' ')}, first {min(map(str, names))}"
+    return None
 
 
 def layout_difference(model: nn.Module, other: nn.Module) -> str | None:

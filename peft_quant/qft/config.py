@@ -21,7 +21,7 @@ class QFTConfig(QuantizationConfigMixin):
         outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
         embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
         modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
-            float.
+            float, as the model's class or as its base model's calls them.
 
     Raises:
         ValueError: a ratio outside of 0 to 0.5.

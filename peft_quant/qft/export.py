@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from .. import ops
 from ..gptq.checkpoint import new_directory
 from ..ops.packing import pack_rows, pack_zeros
 from ..report.card import QFT, update_card
+from .names import conversions_apart_from
 from .weight import Int8Weight
 
 
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 _BITS, _ZERO_POINT, _V1 = 8, 128, 1
 _SMALLEST_SCALE = 2.0**-14  # of fp16 with all of its precision
 _IN_BLOCK = re.compile(r"(?P<blocks>.+?)\.\d+\.(?P<layer>.+)")
+# where optimum looks for blocks if it is not told, and so finds them under another head too
+_FOUND_BY_ITSELF = (
+    "gpt_neox.layers",
+    "model.decoder.layers",
+    "model.language_model.layers",
+    "model.layers",
+    "transformer.h",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def export_qft(
     | `bf16` | every parameter, decoded and rounded to bf16 |
     | `gptq` | the blocks' linear layers as 8-bit GPTQ, symmetric, with scales in fp16; all else decoded |
 
+    These blocks are those of a decoder, or an encoder, of text, or of both; not those of images.
     GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without outliers,
     integers and scales are those that were trained. It takes as much memory on the CPU as the checkpoint.
 
@@ -76,19 +87,20 @@ def export_qft(
 
     Raises:
         FileExistsError: `directory` exists.
-        ValueError: another format; no int8 weight; a layer whose features GPTQ cannot pack.
+        ValueError: another format; no int8 weight; a model or layers of which transformers loads no GPTQ checkpoint
+            (T5, ModernBERT, Conv1D); a layer whose features GPTQ cannot pack; outputs without logits.
     """
     if format not in ("bf16", "gptq"):
         raise ValueError(f"format={format!r}: use 'bf16' or 'gptq'.")
     weights = {name: weight for name, weight in model.named_parameters() if isinstance(weight, Int8Weight)}
     if not weights:
         raise ValueError(f"{type(model).__name__} has no weights in int8, so `save_pretrained` writes it as it is.")
-    packed = _pack(model, weights) if format == "gptq" else _Packed({}, {}, frozenset(), {})
+    packed = _pack(model, weights) if format == "gptq" else _Packed({}, {}, {})
     error = None
     if inputs is not None:
         error = _logit_error(model, inputs, packed, torch.bfloat16 if format == "bf16" else None)
     dtype = torch.bfloat16 if format == "bf16" else model.dtype
-    skeleton = _skeleton(model, dtype, packed.config)
+    skeleton = _skeleton(model, dtype, packed)
     with new_directory(directory) as unfinished:
         skeleton.save_pretrained(unfinished, state_dict=_tensors(model, packed, dtype if format == "bf16" else None))
         if tokenizer is not None:
@@ -114,35 +126,23 @@ class _Packed:
 
     Attributes:
         tensors: of the checkpoint, by name.
-        weights: what they stand for, `[N, K]`, by the name of the parameter.
-        transposed: parameters that are `[K, N]`.
+        weights: what they stand for, by the name of the parameter.
         config: the quantization config.
     """
 
     tensors: dict[str, torch.Tensor]
     weights: dict[str, Int8Weight]
-    transposed: frozenset[str]
     config: dict[str, Any]
 
 
-def _pack(model: nn.Module, weights: Mapping[str, Int8Weight]) -> _Packed:
-    layers = {name: name.removesuffix(".weight") for name in weights}
-    places = {name: match for name, layer in layers.items() if (match := _IN_BLOCK.fullmatch(layer))}
-    blocks = [match["blocks"] for match in places.values()]
-    chosen = max(set(blocks), key=blocks.count, default="")  # where GPTQ engines look for layers
-    names = [name for name, match in places.items() if match["blocks"] == chosen]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no int8 layers in a list of blocks, which is where GPTQ engines look for "
-            "them: export it as bf16."
-        )
+def _pack(model: PreTrainedModel, weights: Mapping[str, Int8Weight]) -> _Packed:
+    names = _text_layers(model, weights)
     group_size = _common_group_size([weights[name] for name in names])
-    transposed = frozenset(name for name in names if isinstance(model.get_submodule(layers[name]), Conv1D))
     tensors: dict[str, torch.Tensor] = {}
     decoded: dict[str, Int8Weight] = {}
     for name in names:
-        layer = layers[name]
-        codes, scales = _without_outliers(weights[name], group_size, name in transposed)
+        layer = name.removesuffix(".weight")
+        codes, scales = _without_outliers(weights[name], group_size)
         rows, columns = codes.shape
         if rows % 4 or columns % 4:
             raise ValueError(
@@ -159,8 +159,55 @@ def _pack(model: nn.Module, weights: Mapping[str, Int8Weight]) -> _Packed:
         }
         tensors |= {f"{layer}.{part}": tensor.cpu() for part, tensor in packed.items()}
         decoded[name] = Int8Weight.from_parts(codes, scales.float(), dtype=weights[name].dtype)
-    config = _config(model, chosen, [layers[name] for name in names], group_size)
-    return _Packed(tensors, decoded, transposed, config)
+    return _Packed(tensors, decoded, _config(model, [name.removesuffix(".weight") for name in names], group_size))
+
+
+def _text_layers(model: Any, weights: Mapping[str, Int8Weight]) -> list[str]:
+    """The int8 weights of those linear layers, in lists of blocks, that transformers makes GPTQ layers of.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"transformers loads GPTQ checkpoints of models of text, and a {type(model).__name__} reads "
+            f"{model.main_input_name}: export it as bf16."
+        )
+    parts = [model.get_decoder(), *([model.get_encoder()] if _is_encoder_decoder(model) else [])]
+    of_text = {module for part in parts for module in part.modules()}
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights if _IN_BLOCK.match(name)}
+    found = [name for name, module in modules.items() if type(module) is nn.Linear and module in of_text]
+    if not found:
+        others = sorted({type(module).__name__ for module in modules.values() if type(module) is not nn.Linear})
+        but = f", but not with {', '.join(others)}" if others else ""
+        raise ValueError(
+            f"{type(model).__name__} has no int8 layers that transformers could load as GPTQ, which it does with "
+            f"nn.Linear in a list of blocks{but}: export it as bf16."
+        )
+    _require_loadable(model, [name.removesuffix(".weight") for name in found])
+    return found
+
+
+def _require_loadable(model: PreTrainedModel, layers: list[str]) -> None:
+    """Raise a `ValueError` if transformers, as it loads a GPTQ checkpoint, initializes weights that are not there."""
+    skeleton = _without_values(model)
+    for layer in layers:
+        packed = nn.Module()
+        packed.bias = skeleton.get_submodule(layer).bias
+        skeleton.set_submodule(layer, packed)
+    for module in skeleton.modules():
+        module._is_hf_initialized = False
+    try:
+        skeleton.initialize_weights()
+    except AttributeError as error:
+        raise ValueError(
+            f"transformers cannot load a GPTQ checkpoint of a {type(model).__name__}, whose `_init_weights` looks for "
+            f"weights that GPTQ layers do not have ({error}): export it as bf16."
+        ) from error
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return getattr(model.config, "is_encoder_decoder", False)
 
 
 def _common_group_size(weights: list[Int8Weight]) -> int:
@@ -169,12 +216,11 @@ def _common_group_size(weights: list[Int8Weight]) -> int:
     return sizes.pop() if len(sizes) == 1 and not any("outlier_values" in weight.parts for weight in weights) else -1
 
 
-def _without_outliers(weight: Int8Weight, group_size: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _without_outliers(weight: Int8Weight, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes `[N, K]` and fp16 scales `[N, G]`: the weight's own if they serve."""
     codes, scales = weight.codes, weight.scales
-    if transposed or "outlier_values" in weight.parts or (group_size == -1 and scales.shape[1] > 1):
-        dense = weight.dequantize(torch.float32)
-        codes, scales, *_ = ops.encode_weight(dense.t().contiguous() if transposed else dense, 0)
+    if "outlier_values" in weight.parts or (group_size == -1 and scales.shape[1] > 1):
+        codes, scales, *_ = ops.encode_weight(weight.dequantize(torch.float32), 0)
     rounded = scales.clamp(min=_SMALLEST_SCALE).half()
     # a row of tiny weights gets smaller codes under the smallest scale; all others keep theirs
     shrink = torch.where(scales < _SMALLEST_SCALE, scales / rounded.float(), 1)
@@ -182,8 +228,8 @@ def _without_outliers(weight: Int8Weight, group_size: int, transposed: bool) -> 
     return in_groups.round().view(codes.shape).to(torch.int8), rounded
 
 
-def _config(model: nn.Module, blocks: str, layers: list[str], group_size: int) -> dict[str, Any]:
-    config = {
+def _config(model: nn.Module, layers: list[str], group_size: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": _BITS,
         "group_size": group_size,
@@ -191,12 +237,27 @@ def _config(model: nn.Module, blocks: str, layers: list[str], group_size: int) -
         "desc_act": False,
         "checkpoint_format": "gptq",
     }
-    in_blocks = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))]
-    in_blocks = [name for name in in_blocks if name.startswith(f"{blocks}.")]
-    if set(in_blocks) != set(layers):  # as routers, say
-        within = {match["layer"] for layer in layers if (match := _IN_BLOCK.fullmatch(layer))}
-        config["modules_in_block_to_quantize"] = [sorted(within)]
+    places = [match for layer in layers if (match := _IN_BLOCK.fullmatch(layer))]
+    # optimum makes GPTQ layers of all that begin as one name does, and end as one of others, if these are given
+    begin = _common_parent({match["blocks"] for match in places})
+    if begin not in _FOUND_BY_ITSELF:
+        config["block_name_to_quantize"] = begin
+    linear = {name for name, layer in model.named_modules() if _is_linear(layer) and name.startswith(begin)}
+    if linear != set(layers) or not begin:  # routers, say, are not among them
+        ends = sorted({match["layer"] for match in places})
+        chosen = {name for name in linear if name.endswith(tuple(ends))}
+        config["modules_in_block_to_quantize"] = [ends if chosen == set(layers) else layers]
     return config
+
+
+def _common_parent(names: Iterable[str]) -> str:
+    steps = zip(*(name.split(".") for name in names))
+    return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether it is one to what loads GPTQ checkpoints."""
+    return type(layer) is nn.Linear or isinstance(layer, (nn.Conv2d, Conv1D))
 
 
 def _tensors(model: nn.Module, packed: _Packed, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -214,39 +275,51 @@ def _tensors(model: nn.Module, packed: _Packed, dtype: torch.dtype | None) -> di
     return tensors
 
 
-def _skeleton(model: PreTrainedModel, dtype: torch.dtype, quantization: dict[str, Any]) -> PreTrainedModel:
+def _skeleton(model: Any, dtype: torch.dtype, packed: _Packed) -> PreTrainedModel:
     """A model without weights that saves tensors as this one would."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    with torch.device("meta"):
-        skeleton: Any = type(model)(config)
-    skeleton.to(dtype)
-    skeleton.generation_config = model.generation_config
-    if hasattr(model, "_weight_conversions"):
-        skeleton._weight_conversions = model._weight_conversions
-    if quantization:
-        skeleton.config.quantization_config = quantization
+    skeleton = _without_values(model).to(dtype)
+    if model.can_generate():
+        skeleton.generation_config = model.generation_config
+    skeleton._weight_conversions = conversions_apart_from(packed.tensors, model.hf_quantizer.conversions)
+    if packed.config:
+        skeleton.config.quantization_config = packed.config
     return skeleton
 
 
-def _logit_error(
-    model: PreTrainedModel, inputs: Mapping[str, Any], packed: _Packed, rounding: torch.dtype | None
-) -> LogitError:
-    exported: dict[str, torch.Tensor] = {}
+def _without_values(model: Any) -> Any:
+    """A model in float of the same class and config."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _logit_error(model: Any, inputs: Mapping[str, Any], packed: _Packed, rounding: torch.dtype | None) -> LogitError:
+    exported: dict[str, torch.Tensor] = dict(packed.weights)
     for name, parameter in model.named_parameters():
-        if name in packed.weights:
-            weight = packed.weights[name]
-            exported[name] = weight.dequantize().t() if name in packed.transposed else weight
-        elif rounding is not None:
+        if name not in exported and rounding is not None:
             dense = parameter.dequantize() if isinstance(parameter, Int8Weight) else parameter
             exported[name] = dense.to(rounding).to(parameter.dtype)
-    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
+    # of labels, an encoder-decoder makes the inputs of its decoder
+    unused = {"num_items_in_batch", *(() if _is_encoder_decoder(model) else ("labels",))}
+    inputs = {name: value for name, value in inputs.items() if name not in unused}
     training = model.training
     model.eval()
     try:
-        expected = model(**inputs).logits.float()
-        found = functional_call(model, exported, (), inputs, tie_weights=True).logits.float()
+        expected = _logits(model(**inputs))
+        found = _logits(functional_call(model, exported, (), inputs, tie_weights=True))
     finally:
         model.train(training)
     difference = (found - expected).abs()
     return LogitError(difference.max().item(), difference.mean().item(), expected.abs().max().item())
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    """All logits of a model, flat: those of the start and the end of an answer, say."""
+    logits = [value.float().flatten() for name, value in outputs.items() if name.endswith("logits")]
+    if not logits:
+        raise ValueError(
+            f"`inputs` ask for the error of logits, and the model's outputs ({', '.join(outputs)}) have none: export "
+            "it without them."
+        )
+    return torch.cat(logits)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..gptq import is_packed
@@ -40,7 +41,8 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|wg|shared_expert_gate|router\.[^.]+)$")
 
 POLICY = (
-    # a head that is tied to the embeddings is the same tensor
+    # what a class adds to its base model, so that the base is held alike under every head; a head that is tied to the
+    # embeddings is the same tensor
     Rule(
         "head",
         lambda layer: layer.head or bool(_HEAD.search(layer.name)),
@@ -66,9 +68,11 @@ def int8_modules(model: nn.Module, config: QFTConfig) -> dict[str, nn.Module]:
     """
     found, linear = {}, 0
     skipped = config.modules_to_not_convert or []
+    base = f"{getattr(model, 'base_model_prefix', '')}."
     for layer in _layers(model):
         rule = next((rule for rule in POLICY if rule.applies(layer)), None)
-        if rule is None or not rule.int8(config, layer) or any(_is_named(layer.name, entry) for entry in skipped):
+        named = any(_is_named(layer.name, entry, base) for entry in skipped)
+        if rule is None or not rule.int8(config, layer) or named:
             continue
         found[layer.name] = layer.module
         linear += rule.role == "linear layer"
@@ -82,19 +86,35 @@ def int8_modules(model: nn.Module, config: QFTConfig) -> dict[str, nn.Module]:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    whole: Any = model
-    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedding = whole.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head, embedding = (_embeddings(model, which) for which in ("output", "input"))
+    added = _added_to_base(model)
     layers = []
     for name, module in model.named_modules():
-        is_head = module is head
-        tied = is_head and (
+        tied = module is head and (
             getattr(head, "weight", None) is getattr(embedding, "weight", ...)
             or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
         )
-        layers.append(_Layer(name, module, is_head, tied))
+        layers.append(_Layer(name, module, module is head or module in added, tied))
     return layers
 
 
-def _is_named(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}") or name.startswith(f"{entry}.")
+def _embeddings(model: Any, which: str) -> nn.Module | None:
+    try:
+        return getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError):  # not of transformers, or not of text
+        return None
+
+
+def _added_to_base(model: nn.Module) -> set[nn.Module]:
+    """Modules that belong neither to the model's base model nor to another model within it."""
+    base = getattr(model, "base_model", model)
+    if base is model or not isinstance(base, nn.Module):
+        return set()
+    within = [base, *(part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)]
+    return set(model.modules()) - {module for part in within for module in part.modules()}
+
+
+def _is_named(name: str, entry: str, base: str) -> bool:
+    """Whether an entry names a module, as the model's class or as its base's calls it."""
+    pairs = ((name, entry), (name.removeprefix(base), entry.removeprefix(base)))
+    return any(own == said or own.endswith(f".{said}") or own.startswith(f"{said}.") for own, said in pairs)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
-from .checkpoint import PARTS, check_checkpoint, flatten
+from .checkpoint import PARTS, PATTERNS, check_checkpoint, flatten, part_names
 from .config import QUANT_METHOD, QFTConfig
+from .names import conversions_apart_from, conversions_to_revert, parameters_of, saved_as
 from .policy import int8_modules
 from .weight import Int8Weight
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-_SOURCES = {rf"\.{part}$": part for part in PARTS}
 
 
 class QFTQuantizer(HfQuantizer):
     """Loads what [`QFTConfig`] describes: an int8 checkpoint as it is, a float one quantized weight by weight.
 
+    A weight that the checkpoint lacks, as that of a pooler under a new head, is initialized by transformers and then
+    quantized.
+
     Attributes:
         only_first_rows: have `save_pretrained` write the first row of each tensor, to try whether it can.
+        conversions: those that saving the model in float would revert. An int8 checkpoint leaves out the ones that
+            compute with weights in int8, and has these under the model's own names.
 
     Raises (from `from_pretrained`):
         InvalidCheckpointError: an int8 checkpoint is damaged or does not fit the policy in its config.
         ValueError: the model has no linear layer.
+
+    Raises (from `save_pretrained`):
+        ValueError: other weights are in int8 than the policy in the config says, which could not be loaded.
     """
 
     quantization_config: QFTConfig
@@ -37,7 +43,10 @@ class QFTQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QFTConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._int8: frozenset[str] = frozenset()
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, from files that are to be checked
         self.only_first_rows = False
+        self.conversions: list[WeightTransform] = []
 
     @property
     def is_trainable(self) -> bool:
@@ -70,27 +79,88 @@ class QFTQuantizer(HfQuantizer):
         return _Encode(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter(list(_SOURCES), r"\.weight", [_Assemble(self)])] if self.pre_quantized else []
+        return [self._assembly()] if self.pre_quantized else []
+
+    def _assembly(self) -> WeightConverter:
+        return WeightConverter(list(PATTERNS), r"\.weight", [_Assemble(self)])
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
+        # the first that fits a name converts it: parts are ours
+        conversions = [*self.get_weight_conversions(), *weight_conversions]
+        if self._loading is not None:
+            model, files = self._loading
+            self._loading = None
+            check_checkpoint(files, model, conversions, self._int8)
+        return conversions
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        tensors = flatten(model.state_dict())
+        if not getattr(model, "_hf_peft_config_loaded", False):  # of which nothing but adapters is saved
+            _require_policy(model, self.quantization_config)
+            self._check_names(model)
+        tensors = flatten(model.state_dict(), getattr(model, "all_tied_weights_keys", {}))
         if self.only_first_rows:
-            tensors = {name: tensor[:1] if tensor.ndim else tensor for name, tensor in tensors.items()}
+            tensors = {name: _first_row(tensor) for name, tensor in tensors.items()}
         return tensors, {"quant_method": QUANT_METHOD}
+
+    def _check_names(self, model: Any) -> None:
+        codes = {name: part_names(name)[0] for name in int8_names(model)}
+        saved = saved_as(codes.values(), model._weight_conversions)
+        loading = [self._assembly(), *get_model_conversion_mapping(model)]
+        found = parameters_of(saved.values(), model, loading)
+        lost = [name for name, part in codes.items() if found[saved[part]] != ([name], rf"\.{PARTS[0]}$")]
+        if lost:
+            raise ValueError(
+                f"transformers renames {len(lost)} weights of a {type(model).__name__}, first {lost[0]}, so that they "
+                "could not be loaded in int8. Leave them in float by QFTConfig(modules_to_not_convert=...), and "
+                "quantize the model again."
+            )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        modules: dict[str, Any] = int8_modules(model, self.quantization_config)
-        self._int8 = frozenset(f"{name}.weight" for name in modules)
+        self._int8 = frozenset(f"{name}.weight" for name in int8_modules(model, self.quantization_config))
+        self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         if self.pre_quantized and checkpoint_files is not None:
-            check_checkpoint(checkpoint_files, {name: tuple(layer.weight.shape) for name, layer in modules.items()})
+            self._loading = model, checkpoint_files
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # saving reverts what loading converted; int8 weights are taken apart by `get_state_dict_and_metadata`
-        loaded: Any = model
-        loaded._weight_conversions = [each for each in loaded._weight_conversions or [] if not _is_ours(each)]
+        self._quantize_new(model)
+        self._check_floats(model)
+        self.choose_conversions(model)
         return model
+
+    def _quantize_new(self, model: PreTrainedModel) -> None:
+        encoded: dict[int, nn.Parameter] = {}  # ties stay
+        for name in sorted(self._int8):
+            weight = model.get_parameter(name)
+            if isinstance(weight, Int8Weight) or weight.is_meta:
+                continue
+            if id(weight) not in encoded:
+                int8 = Int8Weight.from_dense(weight, self.quantization_config.outlier_ratio)
+                encoded[id(weight)] = nn.Parameter(int8, requires_grad=weight.requires_grad)
+            model.get_submodule(name.rpartition(".")[0]).weight = encoded[id(weight)]
+
+    def _check_floats(self, model: PreTrainedModel) -> None:
+        """What transformers 5.14 leaves undone in quantized models: other shapes are refused, renamed tensors cast."""
+        for name, (shape, dtype) in self._expected.items():
+            parameter = model.get_parameter(name)
+            if parameter.shape != shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(parameter.shape)} in the checkpoint, and {tuple(shape)} in a "
+                    f"{type(model).__name__} of this config: load it with the config it was saved with."
+                )
+            if isinstance(parameter, Int8Weight) or parameter.dtype == dtype:
+                continue
+            if not any(re.search(kept, name) for kept in model._get_dtype_plan(dtype)):
+                parameter.data = parameter.data.to(dtype)
+
+    def choose_conversions(self, model: PreTrainedModel) -> None:
+        """Choose which of the model's conversions `save_pretrained` reverts."""
+        names = int8_names(model)
+        names += [part for name in names for part in part_names(name)]
+        self.conversions = conversions_to_revert(model, names)
+        saving: Any = model
+        saving._weight_conversions = conversions_apart_from(names, self.conversions)
 
 
 class _Assemble(ConversionOps):
@@ -99,6 +169,9 @@ class _Assemble(ConversionOps):
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
+        return self  # transformers copies conversions for every weight, and this has nothing of one
+
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -109,13 +182,13 @@ class _Assemble(ConversionOps):
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Any]:
-        parts = {_SOURCES[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
+        parts = {PATTERNS[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
         tensors: Any = {name: parts.get(name) for name in PARTS}
         return {full_layer_name: Int8Weight(**tensors, dtype=model.get_parameter(full_layer_name).dtype)}
 
 
 class _Encode(ConversionOps):
-    """A float weight to int8."""
+    """Float weights to int8, those of them that the policy puts there."""
 
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -130,15 +203,40 @@ class _Encode(ConversionOps):
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Any]:
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        config = self.hf_quantizer.quantization_config
-        dtype = model.get_parameter(full_layer_name).dtype
-        return {full_layer_name: Int8Weight.from_dense(weight, config.outlier_ratio, dtype)}
+        ratio = self.hf_quantizer.quantization_config.outlier_ratio
+        weights = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        return {
+            name: Int8Weight.from_dense(weight, ratio, model.get_parameter(name).dtype)
+            if self.hf_quantizer.param_needs_quantization(model, name)
+            else weight
+            for name, weight in weights.items()
+        }
 
 
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(operation, _Assemble) for operation in getattr(conversion, "operations", ()))
+def _first_row(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[(slice(1),) * max(tensor.ndim - 1, 1)] if tensor.ndim else tensor
+
+
+def int8_names(model: nn.Module) -> list[str]:
+    """The names of a model's weights in int8, tied ones under each."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in parameters if isinstance(parameter, Int8Weight)]
+
+
+def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
+    """Raise a `ValueError` if a checkpoint of the model would not be what its config says."""
+    policy = [f"{name}.weight" for name in int8_modules(model, config)]
+    in_policy = {id(model.get_parameter(name)) for name in policy}
+    in_float = [name for name in policy if not isinstance(model.get_parameter(name), Int8Weight)]
+    in_int8 = [name for name in int8_names(model) if id(model.get_parameter(name)) not in in_policy]
+    for names, state, expected in ((in_float, "float", "int8"), (in_int8, "int8", "float")):
+        if names:
+            raise ValueError(
+                f"{len(names)} weights, first {names[0]}, are in {state} and in {expected} by the model's "
+                f"quantization config, so that its checkpoint could not be loaded: they were replaced after the model "
+                "was quantized. Quantize it as it now is (`quantize_model` on the float model), or name what is to "
+                "stay in float in QFTConfig(modules_to_not_convert=...)."
+            )
 
 
 def attach_quantizer(model: Any, config: QFTConfig) -> None:
@@ -148,3 +246,5 @@ def attach_quantizer(model: Any, config: QFTConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     model.config._is_quantized = True
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer.choose_conversions(model)

@@ -24,7 +24,8 @@ from ..gptq.checkpoint import replaced_files
 from ..report.card import QFT, README, update_card
 from ..report.memory import MemoryReport
 from ..resume import last_complete_checkpoint
-from .checkpoint import layout_difference
+from .checkpoint import layout_difference, loading_difference
+from .dry_run import first_rows_only, require_readable
 from .export import LogitError, export_qft
 from .lion import QuantizedLion
 from .memory import planned_memory
@@ -277,12 +278,12 @@ class QFTMixin:
             self._try_to_save()
 
     def _try_to_save(self) -> None:
-        """Write a checkpoint of the first rows of every tensor, so that a run does not find out at its end that it
-        cannot.
+        """Write a checkpoint of the first rows of every tensor, and load one of the whole shapes, without values, so
+        that a run does not find out at its end that it cannot.
 
         Raises:
             OSError: there is no room for a whole one.
-            RuntimeError: writing it failed.
+            RuntimeError: writing or reading it failed.
         """
         trainer: Any = self
         parent: Any = super()
@@ -295,21 +296,26 @@ class QFTMixin:
                 "another output_dir, or set save_only_model=True, which saves no momentum",
                 os.fspath(output),
             )
-        quantizer = trainer.model.hf_quantizer
-        quantizer.only_first_rows = True
-        try:
-            with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
-                parent._save(directory)
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
+            try:
+                with first_rows_only(trainer.model):
+                    parent._save(directory)
                 if not self.args.save_only_model:
                     trainer._save_optimizer_and_scheduler(directory)
                     trainer._save_rng_state(directory)
                 trainer.state.save_to_json(os.fspath(Path(directory, _STATE)))
-        except Exception as error:
-            raise RuntimeError(
-                f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
-            ) from error
-        finally:
-            quantizer.only_first_rows = False
+            except Exception as error:
+                raise RuntimeError(
+                    f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
+                ) from error
+            try:
+                require_readable(trainer.model, Path(directory))
+            except Exception as error:
+                raise RuntimeError(
+                    f"Checkpoints of this run cannot be read back, tried before the first step: {error}. "
+                    f"`from_pretrained` makes a {type(trainer.model).__name__} of its config alone: build the model "
+                    "from a config that says all that it has, or undo what was changed in it."
+                ) from error
 
 
 class QFTTrainer(QFTMixin, Trainer):
@@ -321,9 +327,9 @@ class QFTTrainer(QFTMixin, Trainer):
     evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
     that `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
 
-    Before the first step, `memory_report` and the log say what takes how many bytes, and a checkpoint of a row of
-    every tensor is written and removed; after it, what is trained must have moved. A step whose gradients are not
-    finite changes nothing; `skipped_steps` in the logs counts them.
+    Before the first step, `memory_report` and the log say what takes how many bytes, a checkpoint of a row of every
+    tensor is written and removed, and one of the whole shapes is loaded without values; after it, what is trained must
+    have moved. A step whose gradients are not finite changes nothing; `skipped_steps` in the logs counts them.
 
     Args:
         model: with int8 weights, from [`quantize_model`] or an int8 checkpoint.
@@ -409,9 +415,17 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
     """Put a checkpoint's weights into a model, bit by bit as they are.
 
     Raises:
-        ValueError: the checkpoint holds other weights in int8, or otherwise.
+        ValueError: the checkpoint is of another model, or holds other weights in int8, or otherwise.
     """
-    saved = type(model).from_pretrained(directory, dtype=torch.float32)  # which holds every 16-bit number
+    model_class: Any = type(model)
+    options = {"dtype": torch.float32, "output_loading_info": True}  # fp32 holds every 16-bit number
+    saved, found = model_class.from_pretrained(directory, **options)
+    difference = loading_difference(found)
+    if difference:
+        raise ValueError(
+            f"{directory} is a checkpoint of another model than this {model_class.__name__}: {difference}. Resume "
+            "from one of this model's own."
+        )
     difference = layout_difference(model, saved)
     if difference:
         raise ValueError(

@@ -15,6 +15,7 @@ from .. import ops
 
 aten = torch.ops.aten
 _PARTS = ("codes", "scales", "outlier_columns", "outlier_values")
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Int8Weight(torch.Tensor):
@@ -24,7 +25,9 @@ class Int8Weight(torch.Tensor):
 
     It looks like a tensor of a floating point dtype, in which it decodes. `F.linear` and `F.embedding` decode it and
     keep nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored as they are;
-    every other operation runs on the decoded weight, and one that writes encodes the result, to nearest.
+    every other operation runs on the decoded weight, and one that writes encodes the result, to nearest. So does an
+    assignment of `data`, of any number of rows, but for those that stay as they were: transformers resizes embeddings
+    by it.
 
     Attributes:
         codes: int8 `[N, K]`.
@@ -158,6 +161,23 @@ class Int8Weight(torch.Tensor):
         tensors: Any = (None if part is None else function(part) for part in self._tensors())
         return Int8Weight(*(*tensors, dtype or self.dtype, self.flat))
 
+    def _encoded_like(self, dense: torch.Tensor) -> Int8Weight:
+        """A dense weight of any number of rows, with the groups and outliers of this one; rows that are equal stay."""
+        dense = dense.detach()
+        if dense.dim() != 2 or dense.shape[1] != self.codes.shape[1]:
+            raise ValueError(
+                f"The data of an int8 weight {tuple(self.codes.shape)} has {self.codes.shape[1]} columns, found "
+                f"{tuple(dense.shape)}: use `Int8Weight.from_dense`, and make it another parameter."
+            )
+        outliers = 0 if self.outlier_columns is None else self.outlier_columns.shape[1]
+        encoded = Int8Weight(*ops.encode_weight(dense, outliers, self.scales.shape[1]), dense.dtype)
+        rows = min(len(dense), len(self.codes))
+        before = self._map(lambda part: part[:rows].to(dense.device))
+        same = (dense[:rows] == before.dequantize(dense.dtype)).all(1)
+        for old, new in zip(before.parts.values(), encoded.parts.values()):
+            new[:rows][same] = old[same]
+        return encoded
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
         return list(self.parts), (self.dtype, self.flat)
 
@@ -180,6 +200,8 @@ class Int8Weight(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func == _SET_DATA:
+            return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -198,6 +220,17 @@ class Int8Weight(torch.Tensor):
                         weight.copy_(value)
                         result = weight if result is value else result
         return result
+
+
+def _set_data(weight: torch.Tensor, data: torch.Tensor) -> None:
+    if isinstance(weight, Int8Weight):
+        if not isinstance(data, Int8Weight):
+            data = weight._encoded_like(data)
+        for name, part in zip(_PARTS, data._tensors()):
+            setattr(weight, name, part)
+        weight.flat = data.flat
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(weight, data)
 
 
 def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> torch.Tensor:

@@ -10,12 +10,23 @@ import pytest
 import torch
 from gptq_models import float_llama, load, save_tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
+from optimum.gptq.constants import BLOCK_PATTERNS
 from qft_models import assert_equal, contents, int8_llama, trainer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_quant import Int8Weight, QFTConfig, export_qft, quantize_model
 from peft_quant.gptq.check import PackedTensors, check_packed_tensors
+from peft_quant.qft.export import _FOUND_BY_ITSELF
 
 
 NO_OUTLIERS = QFTConfig(outlier_ratio=0.0)
@@ -155,6 +166,9 @@ class TestGPTQ:
         assert error_of(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), model, ids) == error.largest
         assert error.largest < 0.05 * error.largest_logit
 
+    def test_blocks_are_looked_for_where_optimum_does(self):
+        assert set(_FOUND_BY_ITSELF) <= set(BLOCK_PATTERNS)
+
     def test_features_that_cannot_be_packed(self, tmp_path):
         model = int8_llama(intermediate_size=90)
         with pytest.raises(
@@ -168,6 +182,19 @@ class TestRefusals:
     def test_another_format(self, tmp_path):
         with pytest.raises(ValueError, match="format='int4': use 'bf16' or 'gptq'"):
             export_qft(int8_llama(), tmp_path / "out", "int4")
+
+    def test_gptq_of_what_does_not_read_text(self, tmp_path):
+        config = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+        model = quantize_model(ViTForImageClassification(config))
+        with pytest.raises(ValueError, match="a ViTForImageClassification reads pixel_values: export it as bf16"):
+            export_qft(model, tmp_path / "out", "gptq")
+
+    def test_an_error_of_logits_that_are_not_there(self, tmp_path, input_ids):
+        model = quantize_model(float_llama().model)
+        with pytest.raises(ValueError, match=r"`inputs` ask for the error of logits, .* export it without them"):
+            export_qft(model, tmp_path / "out", inputs={"input_ids": input_ids})
+        export_qft(model, tmp_path / "out")
+        assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
     def test_a_float_model(self, tmp_path):
         with pytest.raises(ValueError, match="has no weights in int8, so `save_pretrained` writes it"):

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from gptq_models import PlainLayer, PlainMLP, float_llama, load, random_packed, save_tiny_llama
+from gptq_models import PlainLayer, PlainMLP, float_llama, load, random_packed, save_tiny_llama, tiny_config
 from qft_models import int8_llama
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaModel,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -106,6 +109,14 @@ class TestFloatModels:
         assert model[2].weight is model[0].weight
         assert model[1].weight is not model[0].weight
         assert isinstance(model[2].weight, Int8Weight)
+
+    def test_a_module_around_a_model_of_transformers(self):
+        vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+        model = LlavaModel(LlavaConfig(text_config=tiny_config(), vision_config=vision))
+        around = nn.ModuleDict({"model": model})
+        around.config = model.config
+        names = int8_names(quantize_model(around))
+        assert len(names) == 14 + 6 + 2  # of both towers, and between them
 
     def test_frozen_ones_stay_frozen(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

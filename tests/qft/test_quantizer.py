@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import peft_quant
 from peft_quant import Int8Weight, InvalidCheckpointError, QFTConfig
 from peft_quant.qft import QFTQuantizer
+from peft_quant.qft.checkpoint import flatten
 from peft_quant.registry import register_quantization
 
 
@@ -125,6 +126,7 @@ class TestDamage:
         ("change", "message"),
         (
             (_drop("scales"), "it has codes and no scales"),
+            (_drop("codes"), "it has scales and no codes"),
             (_drop("outlier_values"), "outlier_columns and outlier_values come together"),
             (_set("codes", lambda t: t[:, :32].contiguous()), r"codes have shape \(96, 32\), the model's weight"),
             (_set("codes", lambda t: t.int()), r"codes are an int8 matrix, found torch\.int32"),
@@ -152,6 +154,12 @@ class TestDamage:
         with pytest.raises(InvalidCheckpointError, match=message):
             AutoModelForCausalLM.from_pretrained(directory)
 
+    @pytest.mark.parametrize("name", (f"{UP}.weight", f"{UP}.codes".removeprefix("model.")))
+    def test_of_a_weight_that_is_there_twice(self, saved, tmp_path, name):
+        directory = changed(saved, tmp_path / "twice", lambda t, c: t.update({name: t[f"{UP}.codes"].clone()}))
+        with pytest.raises(InvalidCheckpointError, match=rf"{UP}\.weight is in .* more than once, as .*{name}"):
+            AutoModelForCausalLM.from_pretrained(directory)
+
     def test_of_the_file(self, saved, tmp_path):
         directory = changed(saved, tmp_path / "short", lambda tensors, config: None)
         file = directory / "model.safetensors"
@@ -163,6 +171,13 @@ class TestDamage:
     def test_offloading_to_the_disk(self, saved):
         with pytest.raises(ValueError, match="cannot be offloaded to disk"):
             AutoModelForCausalLM.from_pretrained(saved, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_a_weight_of_two_names_is_saved_under_the_one_it_is_tied_to():
+    weight = Int8Weight.from_dense(torch.randn(4, 8), 0)
+    state = {"head.weight": weight, "table.weight": weight}
+    assert flatten(state, tied={"head.weight"}).keys() == {"table.codes", "table.scales"}
+    assert flatten(state).keys() == {"head.codes", "head.scales"}
 
 
 def test_other_models_are_saved_as_before(tmp_path):

@@ -6,17 +6,18 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
-import safetensors.torch
 import torch
 from datasets import Dataset
-from gptq_models import float_llama, tiny_tokenizer
-from qft_models import assert_equal, contents, int8_llama, trainer
+from gptq_models import float_llama, peak_bytes, tiny_tokenizer
+from qft_models import assert_equal, contents, family_trainer, int8_llama, int8_model, trainer
 from quick_training import SETTINGS, logged, sequences
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import peft_quant
 from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTMixin, QFTTrainer, QuantizedLion, TrainingError
+from peft_quant.qft.dry_run import first_rows_only, require_readable
 from peft_quant.qft.trainer import _check_arguments
 
 
@@ -230,6 +231,15 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="is a checkpoint of another policy: model"):
             trainer(tmp_path, **CHECKPOINTS).train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-2")
 
+    def test_of_another_head(self, tmp_path):
+        family_trainer(tmp_path / "first", "BERT tokens", int8_model("BERT tokens"), **CHECKPOINTS).train()
+        run = family_trainer(tmp_path, "BERT classifier", int8_model("BERT classifier"), **CHECKPOINTS)
+        before = contents(run.model)
+        message = "another model than this BertForSequenceClassification: .* keys, first bert.pooler"
+        with pytest.raises(ValueError, match=message):
+            run.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-2")
+        assert_equal(run.model, before)
+
     def test_saved_models_come_back(self, tmp_path):
         run = trainer(tmp_path / "out", trainer_options={"processing_class": tiny_tokenizer()})
         run.train()
@@ -271,6 +281,47 @@ class TestCheckpoints:
         assert run.state.global_step == 0
         assert not list(tmp_path.iterdir())
         assert not run.model.hf_quantizer.only_first_rows
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        (
+            (lambda m: setattr(m, "lm_head", torch.nn.Linear(64, 50, bias=False)), r"lm_head\.weight .*\(128, 64\)"),
+            (lambda m: setattr(m, "added", torch.nn.Embedding(3, 3)), r"unexpected keys, first added\.weight"),
+            (
+                lambda m: setattr(m.model.layers[0], "mlp", torch.nn.Identity()),
+                r"missing keys, first model\.layers\.0",
+            ),
+        ),
+    )
+    def test_what_cannot_be_read_back_is_noticed_before_the_first_step(self, tmp_path, change, message):
+        model = int8_llama()
+        change(model)
+        run = trainer(tmp_path, model)
+        with pytest.raises(RuntimeError, match=rf"cannot be read back, tried before the first step: .*{message}"):
+            run.train()
+        assert run.state.global_step == 0
+        assert not list(tmp_path.iterdir())
+
+    def test_what_a_checkpoint_could_not_say_is_noticed_before_the_first_step(self, tmp_path):
+        model = int8_llama()
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.dequantize())
+        with pytest.raises(RuntimeError, match="cannot be saved, tried before the first step: 1 weights, first"):
+            trainer(tmp_path, model).train()
+
+    @pytest.mark.parametrize("family", ("Mixtral", "NomicBERT classifier", "Qwen2.5-VL", "T5"))
+    def test_trying_takes_next_to_nothing(self, tmp_path, family):
+        model = int8_model(family)
+        with first_rows_only(model):
+            model.save_pretrained(tmp_path)
+        # of a tensor of experts, one row of one expert
+        sizes = [tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()]
+        assert max(sizes) <= max(tensor.shape[-1] for tensor in model.state_dict().values() if tensor.ndim)
+        before = contents(model)
+        assert peak_bytes(lambda: require_readable(model, tmp_path)) < 0.02 * sum(t.nbytes for t in before.values())
+        assert_equal(model, before)
+        model.save_pretrained(tmp_path / "whole")
+        assert_equal(type(model).from_pretrained(tmp_path / "whole"), model)
 
     def test_room_on_the_disk(self, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -396,5 +447,5 @@ def test_state_is_json(tmp_path):
     run.train()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["log_history"][0]["skipped_steps"] == 0
-    assert safetensors.torch.load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert peft_quant.QFTTrainer is QFTTrainer

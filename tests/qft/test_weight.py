@@ -263,6 +263,38 @@ class TestMachinery:
         assert isinstance(zeros, Int8Weight) and not zeros.dequantize().any()
         assert type(w.new_zeros(10, 7)) is type(w.new_zeros(10, 70, dtype=torch.float64)) is torch.Tensor
 
+    @pytest.mark.parametrize("rows", (30, 48, 60))
+    @pytest.mark.parametrize("groups", (1, 2))
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+    def test_dense_data_is_encoded_and_rows_that_are_equal_stay(self, rows, groups, dtype):
+        w = weight(dtype=dtype, groups=groups)
+        before = {name: part.clone() for name, part in w.parts.items()}
+        data = torch.cat([w.dequantize(), dense(12, seed=1).to(dtype)])[:rows]
+        data[3] *= 2
+        w.data = data
+        assert isinstance(w, Int8Weight) and (w.shape, w.dtype, w.is_leaf) == ((rows, 70), dtype, True)
+        kept = [row for row in range(min(rows, 48)) if row != 3]
+        assert all(torch.equal(part[kept], before[name][kept]) for name, part in w.parts.items())
+        assert not torch.equal(w.scales[3], before["scales"][3])
+        step = w.scales.repeat_interleave(70 // groups, 1)
+        # half a step, and half of a bf16 number's last bit
+        assert ((w.dequantize() - data).abs() <= step * 0.5001 + data.abs() * 2**-8).all()
+        F.linear(torch.ones(1, 70, dtype=dtype), w).sum().backward()
+        assert w.grad.shape == w.shape
+
+    def test_data_in_int8_is_taken_over(self):
+        w, other = weight(), weight(ratio=0, rows=60)
+        w.data = other.data
+        assert w.shape == other.shape and same(w, other)
+
+    @pytest.mark.parametrize("shape", ((48, 71), (48 * 70,), (2, 24, 70)))
+    def test_data_of_another_width_is_refused_and_nothing_changes(self, shape):
+        w = weight()
+        before = w.clone()
+        with pytest.raises(ValueError, match=r"The data of an int8 weight .* has 70 columns, found"):
+            w.data = torch.zeros(shape)
+        assert w.shape == before.shape and same(w, before)
+
     def test_a_flat_view_is_of_the_same_weight(self):
         w = weight().detach()
         flat = w.view(-1)
