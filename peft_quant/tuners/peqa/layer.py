@@ -22,7 +22,8 @@ class PEQALayer(AdaptedLinear):
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    with `round` to what the checkpoint can store and the straight-through gradient, so that merging changes nothing.
+    with `round` to what the checkpoint can store, on the side of zero where the scale is, and the straight-through
+    gradient, so that merging changes nothing.
     """
 
     adapter_layer_names = ("peqa_scales",)
@@ -50,7 +51,7 @@ class PEQALayer(AdaptedLinear):
     def update_layer(self, adapter_name: str, config: PEQAConfig) -> None:
         delta = torch.zeros_like(self.base_scales, dtype=torch.float32)
         if not config.init_weights:
-            delta.normal_().mul_(0.1 * self.base_scales.float().mean())
+            delta.normal_().mul_(0.1 * self.base_scales.float().abs().mean())
         self.peqa_scales[adapter_name] = nn.Parameter(delta)
         self.serving_dtype[adapter_name] = config.serving_torch_dtype
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -63,10 +64,11 @@ class PEQALayer(AdaptedLinear):
 
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
-        scales = self.base_scales.float()
+        base = self.base_scales.float()
+        scales = base
         for name in adapter_names:
             scales = scales + self.peqa_scales[name].float()
-        return round_scales_straight_through(scales, self.packed.scale_dtype, self._serving_dtype(adapter_names))
+        return round_scales_straight_through(scales, base, self.packed.scale_dtype, self._serving_dtype(adapter_names))
 
     def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:
         for name in adapter_names:

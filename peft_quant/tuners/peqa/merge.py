@@ -79,7 +79,8 @@ class Merge:
     def _replacement(self, name: str, old: torch.Tensor) -> torch.Tensor:
         if name in self.others:
             return self.others[name].to(old.dtype)
-        return round_scales(old.float() + self.deltas[name].float(), old.dtype, self.config.serving_torch_dtype)
+        tuned = old.float() + self.deltas[name].float()
+        return round_scales(tuned, old, old.dtype, self.config.serving_torch_dtype)
 
 
 def merge_checkpoint(
