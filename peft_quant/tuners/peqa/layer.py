@@ -62,6 +62,11 @@ class PEQALayer(AdaptedLinear):
         if not delta.is_meta:
             delta.data = delta.data.to(device or self.base_scales.device)
 
+    def kept_from_casts(self) -> list[torch.Tensor]:
+        deltas = list(self.peqa_scales.parameters())
+        gradients = [delta.grad for delta in deltas if delta.grad is not None]
+        return [*super().kept_from_casts(), *deltas, *gradients]
+
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
         base = self.base_scales.float()
