@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import PeftType, register_peft_method
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -143,6 +144,26 @@ def check_adapters(check: AdapterCheck) -> None:
 
     PeftModel.load_adapter = load_into_peft_model
     model_class.load_adapter = load_into_model
+
+
+def ask_for_weight(knows: Callable[[nn.Module], bool]) -> None:
+    """Let adapters of any method have the `weight` that their base layer says, where PEFT takes its packed integers.
+
+    Models such as T5 cast activations to the dtype of `weight`. Asking again changes nothing.
+
+    Args:
+        knows: whether a base layer, a GPTQ one, says what its `weight` is.
+    """
+    stock = BaseTunerLayer.weight.fget
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def weight(self: BaseTunerLayer) -> Any:
+        layer = self.get_base_layer()
+        return layer.weight if knows(layer) else stock(self)
+
+    BaseTunerLayer.weight = property(weight)
 
 
 CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]

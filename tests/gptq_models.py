@@ -49,8 +49,13 @@ def quantize(
     act_order: bool = False,
     zero_offset: int = 1,
     scale_dtype: torch.dtype = torch.float16,
+    signed: bool = False,
 ) -> Packed:
-    """Round a weight `[K, N]` to the nearest GPTQ codes."""
+    """Round a weight `[K, N]` to the nearest GPTQ codes.
+
+    With `signed`, a scale is negative where the largest weight of its group is positive: so AutoRound, which quantizes
+    symmetrically, gives this weight the lowest code.
+    """
     rows, columns = weight.shape
     group_size = rows if group_size == -1 else group_size
     groups = -(-rows // group_size)
@@ -60,13 +65,14 @@ def quantize(
     top = 2**bits - 1
     low = torch.stack([weight[g_idx == group].amin(0).clamp(max=0) for group in range(groups)])
     high = torch.stack([weight[g_idx == group].amax(0).clamp(min=0) for group in range(groups)])
+    negative = (high >= -low) & signed
     if symmetric:
-        scales = torch.maximum(-low, high) * 2 / top
+        scales = torch.maximum(-low, high) * 2 / (top + signed)
         zeros = torch.full((groups, columns), 2 ** (bits - 1))
     else:
         scales = (high - low) / top
-        zeros = (-low / scales).round().clamp(0, top).int()
-    scales = scales.clamp(min=1e-4).to(scale_dtype)
+        zeros = (torch.where(negative, high, -low) / scales).round().clamp(0, top).int()
+    scales = torch.where(negative, -scales.clamp(min=1e-4), scales.clamp(min=1e-4)).to(scale_dtype)
     codes = (weight / scales.float()[g_idx] + zeros[g_idx]).round().clamp(0, top).int()
     tensors = {
         "qweight": pack_rows(codes, bits),
@@ -184,6 +190,7 @@ def save_tiny_llama(
     checkpoint_format: str = "gptq",
     seed: int = 0,
     shards: int = 1,
+    signed: bool = False,
 ) -> Path:
     """Write a GPTQ checkpoint of a random [`tiny_config`] model."""
     config = tiny_config()
@@ -191,7 +198,8 @@ def save_tiny_llama(
     tensors = {name: tensor.half() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         weight = tensors.pop(name).float().t()
-        packed = quantize(weight, bits, group_size, symmetric, act_order, int(checkpoint_format == "gptq"))
+        zero_offset = int(checkpoint_format == "gptq")
+        packed = quantize(weight, bits, group_size, symmetric, act_order, zero_offset, signed=signed)
         for tensor_name, tensor in packed.tensors.items():
             tensors[f"{name.removesuffix('weight')}{tensor_name}"] = tensor
     config.architectures = ["LlamaForCausalLM"]

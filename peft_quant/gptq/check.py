@@ -17,7 +17,7 @@ class PackedTensors(NamedTuple):
     qzeros: torch.Tensor
     """int32 `[G, N * bits / 32]`"""
     scales: torch.Tensor
-    """floating point `[G, N]`, finite and positive"""
+    """floating point `[G, N]`, finite and not zero; of either sign"""
     g_idx: torch.Tensor
     """int32 `[K]`, with every value of `0 .. G - 1` equally often, but for the last, which may be rarer"""
 
@@ -77,8 +77,7 @@ def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
         all(count == members[0] for count in members[:-1]) and members[-1] <= members[0],
         f"g_idx puts {min(members)} to {max(members)} rows into a group, but only the last one may be smaller",
     )
-    finite = int(torch.isfinite(scales).sum())
-    require(finite == scales.numel(), f"{scales.numel() - finite} of {scales.numel()} scales are NaN or infinite")
-    lowest = float(scales.min())
-    require(lowest > 0, f"the smallest scale is {lowest:g}, scales must be positive")
+    for kind, where in (("NaN or infinite", ~torch.isfinite(scales)), ("zero", scales == 0)):
+        count = int(where.sum())
+        require(count == 0, f"{count} of {scales.numel()} scales are {kind}")
     return bits

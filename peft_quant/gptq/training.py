@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .dtypes import Apply, activation_dtype, after_cast, warn_of_cast_scales, weight_without_values, without_cast
 from .loading import require_readable
-from .view import is_packed, linear, read_format
+from .view import is_packed, linear, packed_tensors, read_format
 from .zero_points import keep_checkpoint_format
 
 
@@ -24,7 +25,8 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
 
     Works in place, before or after `get_peft_model`, and again on the same model. Tensors, state dicts and saved
     checkpoints stay as they are, but for zero points that `save_pretrained` would have shifted: they are written as
-    the model's config declares them. [`restore_gptq_forward`] undoes it.
+    the model's config declares them. Casting the model leaves the layers' scales in their dtype, and their `weight`
+    has the shape, device and dtype of the weight, but no values. [`restore_gptq_forward`] undoes it.
 
     Args:
         model: a model with GPTQ layers.
@@ -47,10 +49,12 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no GPTQ layers to prepare. Load a GPTQ checkpoint with "
             '`quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`.'
         )
-    formats = {name: read_format(layer, name) for name, layer in layers.items() if not _is_prepared(layer)}
+    formats = {name: read_format(layer, name) for name, layer in layers.items() if not is_prepared(layer)}
+    warn_of_cast_scales(formats)
+    dtype = activation_dtype(model.parameters())
     for name, packed in formats.items():
         layer: Any = layers[name]
-        layer._lean_format = packed
+        layer._lean_format, layer._lean_dtype = packed, dtype
         layer.__class__ = _lean_class(layer.__class__)
     if whole is not None:
         keep_checkpoint_format(whole)
@@ -67,21 +71,30 @@ def restore_gptq_forward(model: nn.Module) -> nn.Module:
         The model.
     """
     for module in model.modules():
-        if _is_prepared(module):
-            del module._lean_format
+        if is_prepared(module):
+            del module._lean_format, module._lean_dtype
             module.__class__ = type(module).__bases__[0]
     return model
 
 
-def _is_prepared(module: nn.Module) -> bool:
+def is_prepared(module: nn.Module) -> bool:
+    """Whether a module is a GPTQ layer that [`prepare_gptq_for_training`] changed."""
     return "_lean_format" in vars(module)
 
 
 @cache
 def _lean_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """A kernel's class with our forward. A method set on each layer would be compiled for each by torch.compile."""
-    return type(layer_class.__name__, (layer_class,), {"forward": _forward, "__module__": layer_class.__module__})
 
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return linear(self, self._lean_format, x)
 
-def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return linear(layer, layer._lean_format, x)
+    def weight(self: Any) -> torch.Tensor:
+        return weight_without_values(self, self._lean_format, self._lean_dtype)
+
+    def _apply(self: Any, apply: Apply, recurse: bool = True) -> Any:
+        self._lean_dtype = after_cast(apply, self._lean_dtype)
+        return layer_class._apply(self, without_cast(apply, [packed_tensors(self).scales]), recurse)
+
+    members = {"forward": forward, "weight": property(weight), "_apply": _apply}
+    return type(layer_class.__name__, (layer_class,), {**members, "__module__": layer_class.__module__})

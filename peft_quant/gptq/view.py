@@ -220,9 +220,13 @@ def linear(
 
     Returns:
         `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+
+    Raises:
+        TypeError: `x` is not floating point.
+        ValueError: the layer's scales were cast since its format was read.
     """
-    x = _autocast(x)
-    tensors = packed_tensors(layer)
+    x = _activations(x)
+    tensors = _tensors_as_read(layer, packed)
     scales = tensors.scales if scales is None else scales
     y = ops.linear(x, tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed))
     return _add_bias(layer, y)
@@ -248,16 +252,37 @@ def lora_linear(
 
     Returns:
         `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+
+    Raises:
+        TypeError: `x` is not floating point.
+        ValueError: the layer's scales were cast since its format was read.
     """
-    x = _autocast(x)
-    tensors = packed_tensors(layer)
+    x = _activations(x)
+    tensors = _tensors_as_read(layer, packed)
     y = ops.lora_linear(
         x, lora_a, lora_b, scaling, tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed)
     )
     return _add_bias(layer, y)
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def _tensors_as_read(layer: nn.Module, packed: PackedFormat) -> PackedTensors:
+    tensors = packed_tensors(layer)
+    if tensors.scales.dtype != packed.scale_dtype:
+        raise ValueError(
+            f"The scales of a {type(layer).__name__} were cast from {packed.scale_dtype} to {tensors.scales.dtype}, "
+            "and are no longer as the checkpoint stores them. Load the model again, and cast it as a whole, with the "
+            "adapter on (`model.to(dtype)`), which leaves scales as they are."
+        )
+    return tensors
+
+
+def _activations(x: torch.Tensor) -> torch.Tensor:
+    """In the dtype of autocast, where it is on."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"A GPTQ layer takes activations in floating point, not {x.dtype}. If the model casts them to the dtype "
+            "of `qweight`, have it ask for that of `weight`, which adapted and prepared layers have."
+        )
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):  # which knows nothing of the meta device
         return x
@@ -272,8 +297,12 @@ def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
 def dequantize(
     layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The layer's weight, dense `[N, K]` as `nn.Linear` holds it."""
-    tensors = packed_tensors(layer)
+    """The layer's weight, dense `[N, K]` as `nn.Linear` holds it.
+
+    Raises:
+        ValueError: the layer's scales were cast since its format was read.
+    """
+    tensors = _tensors_as_read(layer, packed)
     return dequantize_tensors(tensors if scales is None else tensors._replace(scales=scales), packed, dtype)
 
 

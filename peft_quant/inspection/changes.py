@@ -158,7 +158,7 @@ def _scale_change(
     _require_shape(name, delta.shape, scales.shape)
     serving = options.get("serving_dtype")
     tuned, untuned = (
-        round_scales(values, scales.dtype, getattr(torch, serving) if serving else None)
+        round_scales(values, scales, scales.dtype, getattr(torch, serving) if serving else None)
         for values in (scales.float() + delta.float(), scales.float())
     )
     return LayerChange(

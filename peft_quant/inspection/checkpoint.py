@@ -43,7 +43,8 @@ class LayerStatistics:
         zero_points: the lowest and the highest, decoded as the config declares them.
         scale_dtype: of the scales in the file.
         scale_range: the lowest and the highest of the scales that are finite; None if there are none.
-        dead_scales: how many scales are zero, negative, NaN or infinite.
+        dead_scales: how many scales are zero, NaN or infinite.
+        negative_scales: how many of the others are below zero.
         saturated: share of the codes that are the lowest or the highest there is.
         not_bfloat16: share of the scales that bfloat16 cannot hold.
     """
@@ -59,6 +60,7 @@ class LayerStatistics:
     scale_dtype: str
     scale_range: tuple[float, float] | None
     dead_scales: int
+    negative_scales: int
     saturated: float
     not_bfloat16: float
 
@@ -324,7 +326,8 @@ def _statistics(name: str, tensors: PackedTensors, bits: int, offset: int, error
         zero_points=(int(zeros.min()), int(zeros.max())),
         scale_dtype=str(tensors.scales.dtype).removeprefix("torch."),
         scale_range=(float(finite.min()), float(finite.max())) if finite.numel() else None,
-        dead_scales=scales.numel() - int((finite > 0).sum()),
+        dead_scales=scales.numel() - int((finite != 0).sum()),
+        negative_scales=int((finite < 0).sum()),
         saturated=int(((codes == 0) | (codes == (1 << bits) - 1)).sum()) / codes.numel(),
         not_bfloat16=int((finite.bfloat16() != finite).sum()) / scales.numel(),
     )
@@ -383,13 +386,20 @@ def _notes(
             notes.append(f"{name}={declared[name]} is declared, the tensors have {word(found[name])}.")
     if any(layer.group_size and layer.in_features % layer.group_size for layer in layers):
         notes.append("The last group of some layers is shorter than the others, which several engines refuse.")
+    scales = sum(layer.groups * layer.out_features for layer in layers)
+    negative = sum(layer.negative_scales for layer in layers)
+    if negative:
+        notes.append(
+            f"{negative / scales:.1%} of the scales are negative, as AutoRound writes symmetric layers. They train "
+            "and merge as any, and none changes its sign."
+        )
     model = config.get("dtype") or config.get("torch_dtype")
     rounded = sum(layer.not_bfloat16 * layer.groups * layer.out_features for layer in layers)
     if model == "bfloat16" and rounded:
-        share = rounded / sum(layer.groups * layer.out_features for layer in layers)
         notes.append(
-            f"config.json says bfloat16, to which an engine left to itself rounds the scales: {share:.1%} of them are "
-            'not in it. Serve with `--dtype float16`, or train with `PEQAConfig(serving_dtype="bfloat16")`.'
+            "config.json says bfloat16, to which an engine left to itself rounds the scales: "
+            f"{rounded / scales:.1%} of them are not in it. Serve with `--dtype float16`, or train with "
+            '`PEQAConfig(serving_dtype="bfloat16")`.'
         )
     return notes
 

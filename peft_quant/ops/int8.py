@@ -127,7 +127,7 @@ def refresh_weight(
         rest, *outliers = _without_outliers(weight, 0 if columns is None else columns.shape[1])
         before = parts[1]
         largest = rest.view(*before.shape, -1).abs().amax(2)
-        share = largest / before
+        share = largest / before.abs()
         misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
         after = torch.where(misfit, _as_fp16_has_them(largest * (_ROOM / LARGEST)), before)
         noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)

@@ -63,8 +63,8 @@ def _round(x):
 
 @triton.jit
 def _with_sign(x, update):
-    """`x * sign(update)` of an `x` above zero."""
-    bits = (update.to(tl.uint32, bitcast=True) & 0x80000000) | x.to(tl.uint32, bitcast=True)
+    """`x * sign(update)`."""
+    bits = (update.to(tl.uint32, bitcast=True) & 0x80000000) ^ x.to(tl.uint32, bitcast=True)
     return tl.where(update == 0, 0.0, bits.to(tl.float32, bitcast=True))
 
 

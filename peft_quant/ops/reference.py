@@ -48,6 +48,15 @@ def dequantize(
     return scales.float()[g_idx.long()] * centered_codes(qweight, qzeros, g_idx, bits, zero_offset)
 
 
+def round_scales(scales: torch.Tensor, base: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    """Tuned scales as a checkpoint stores them: none crosses zero, and where `base` is negative so is the result."""
+    info = torch.finfo(storage)
+    smallest = info.smallest_normal * info.eps
+    above = scales.clamp(smallest, info.max)
+    below = scales.clamp(-info.max, -smallest)
+    return torch.where(base > 0, above, below).to(storage)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`y = x @ W`: `[M, K]` times `[K, N]`."""
     return x.float() @ weight

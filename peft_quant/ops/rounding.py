@@ -63,36 +63,42 @@ def round_to_dtype(x: torch.Tensor, dtype: torch.dtype, words: torch.Tensor) -> 
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
 
 
-def round_scales(scales: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None) -> torch.Tensor:
-    """Round fp32 scales `[G, N]` to the nearest values that survive storage (and serving) unchanged, kept positive.
+def round_scales(
+    scales: torch.Tensor, base: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None
+) -> torch.Tensor:
+    """Round fp32 scales `[G, N]` to the nearest values that survive storage (and serving) unchanged.
 
     Args:
+        scales: the tuned scales.
+        base: the scales they were tuned from, none of them zero, whose signs they keep.
         storage: dtype of `scales` in the checkpoint (fp16 in GPTQ).
         serving: dtype an engine converts the stored scales to, if it is to change nothing either.
 
     Returns:
-        A tensor of dtype `storage`. NaN stays NaN; values at or below zero become the smallest positive one.
+        A tensor of dtype `storage`. NaN stays NaN; what would come to zero, or beyond it, becomes the value next to
+        zero on the side of `base`.
     """
     info = torch.finfo(storage)
     smallest = info.tiny * info.eps
     if serving is not None:
         scales = scales.to(serving).float()
-    return scales.clamp(smallest, info.max).to(storage)
+    signs = base.sign()
+    return (scales * signs).clamp(smallest, info.max).mul(signs).to(storage)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scales, storage, serving):
-        return round_scales(scales, storage, serving).to(scales.dtype)
+    def forward(ctx, scales, base, storage, serving):
+        return round_scales(scales, base, storage, serving).to(scales.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None
+        return grad, None, None, None
 
 
 def round_scales_straight_through(
-    scales: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None
+    scales: torch.Tensor, base: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None
 ) -> torch.Tensor:
     """[`round_scales`] in the dtype of its input, with the identity as gradient (straight-through estimator, Bengio et
     al., 2013, arXiv 1308.3432)."""
-    return _StraightThrough.apply(scales, storage, serving)
+    return _StraightThrough.apply(scales, base, storage, serving)

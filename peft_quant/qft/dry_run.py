@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..gptq.checkpoint import read_header
+from ..gptq.checkpoint import read_tensors
 from .checkpoint import layout_difference, loading_difference
 
 
@@ -41,7 +41,7 @@ def require_readable(model: PreTrainedModel, directory: Path) -> None:
         ValueError: the model would not come back as it is.
         Exception: what `from_pretrained` raises.
     """
-    written = {name for file in directory.glob("*.safetensors") for name in read_header(file)[0]}
+    written = read_tensors(directory.glob("*.safetensors"))
     saving: Any = model
     tensors, _ = saving.hf_quantizer.get_state_dict_and_metadata(model)
     shapes = {name: torch.empty_like(tensors[name], device="meta") for name in written}

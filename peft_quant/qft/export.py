@@ -221,9 +221,9 @@ def _without_outliers(weight: Int8Weight, group_size: int) -> tuple[torch.Tensor
     codes, scales = weight.codes, weight.scales
     if "outlier_values" in weight.parts or (group_size == -1 and scales.shape[1] > 1):
         codes, scales, *_ = ops.encode_weight(weight.dequantize(torch.float32), 0)
-    rounded = scales.clamp(min=_SMALLEST_SCALE).half()
+    rounded = (scales.abs().clamp(min=_SMALLEST_SCALE) * scales.sign()).half()
     # a row of tiny weights gets smaller codes under the smallest scale; all others keep theirs
-    shrink = torch.where(scales < _SMALLEST_SCALE, scales / rounded.float(), 1)
+    shrink = torch.where(scales.abs() < _SMALLEST_SCALE, scales / rounded.float(), 1)
     in_groups = codes.view(*scales.shape, -1) * shrink[:, :, None]
     return in_groups.round().view(codes.shape).to(torch.int8), rounded
 

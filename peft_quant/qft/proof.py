@@ -61,7 +61,7 @@ class FirstStep:
 def _moving(parameter: torch.Tensor, learning_rate: float, stochastic: bool) -> float:
     """Share of a parameter's values that a step of Lion moves to another representable value."""
     if isinstance(parameter, Int8Weight):
-        steps = learning_rate / parameter.scales[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
+        steps = learning_rate / parameter.scales[:, 0].abs().clamp(min=torch.finfo(torch.float32).tiny)
     else:
         values = sample(parameter).float().abs()
         steps = learning_rate / (values * torch.finfo(parameter.dtype).eps).clamp(min=torch.finfo(torch.float32).tiny)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..gptq import PackedFormat, dequantize, is_packed, packed_tensors, read_format
+from ..gptq.dtypes import warn_of_cast_scales
 from ..gptq.loading import require_readable
 from ..ops.packing import unpack_rows
 from .config import QFTConfig
@@ -47,6 +48,7 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
     require_readable(model)
     modules = int8_modules(model, config)
     formats = {name: read_format(layer, name) for name, layer in modules.items() if is_packed(layer)}
+    warn_of_cast_scales(formats)
     float_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     first = {id(getattr(layer, "weight", layer)): name for name, layer in reversed(modules.items())}
     ties = {name: first[id(getattr(layer, "weight", layer))] for name, layer in modules.items()}

@@ -440,7 +440,7 @@ def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> 
     values, moved = 0, 0.0
     for weight in model.parameters():
         if isinstance(weight, Int8Weight) and weight.requires_grad:
-            ratios = args.learning_rate / weight.scales
+            ratios = args.learning_rate / weight.scales.abs()
             if args.rounding == "stochastic":
                 share = float((steps * ratios).clamp(max=1).mean())
             else:

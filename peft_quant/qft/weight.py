@@ -31,7 +31,7 @@ class Int8Weight(torch.Tensor):
 
     Attributes:
         codes: int8 `[N, K]`.
-        scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; above zero.
+        scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; not zero, of either sign.
         outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending in each row; None without outliers.
         outlier_values: fp32 `[N, R]`, or None.
         flat: whether it is the view `[N * K]` of a weight.
@@ -105,7 +105,7 @@ class Int8Weight(torch.Tensor):
         """A weight of tensors taken as they are; see the class for shapes and dtypes.
 
         Raises:
-            ValueError: shapes or dtypes do not fit, scales are not finite and above zero, values not finite, or
+            ValueError: shapes or dtypes do not fit, scales are not finite or zero, values not finite, or
                 outliers outside of the row.
         """
         _check(codes, scales, outlier_columns, outlier_values)
@@ -370,8 +370,8 @@ def _check(
             f"scales are fp32 [{rows}, G] with G a divisor of {width}, found {scales.dtype} {tuple(scales.shape)}. "
             "Encode the decoded weight (`from_dense`) if its groups do not divide a row."
         )
-    if not (scales.isfinite() & (scales > 0)).all():
-        raise ValueError("scales are finite and above zero, but some are not: the checkpoint is damaged.")
+    if not (scales.isfinite() & (scales != 0)).all():
+        raise ValueError("scales are finite and not zero, but some are not: the checkpoint is damaged.")
     if (columns is None) != (values is None):
         raise ValueError("outlier_columns and outlier_values come together: pass both, or neither.")
     if columns is None or values is None:

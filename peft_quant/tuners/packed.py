@@ -22,11 +22,20 @@ from transformers import PreTrainedModel
 
 from .. import gptq
 from ..gptq.base_record import Layers, describe_base, digests, require_base
+from ..gptq.dtypes import (
+    Apply,
+    activation_dtype,
+    after_cast,
+    warn_of_cast_scales,
+    weight_without_values,
+    without_cast,
+)
 from ..gptq.fingerprint import fingerprint
 from ..gptq.loading import require_readable
 from ..gptq.source import Source, packed_modules
+from ..gptq.training import is_prepared
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
-from ..registry import check_adapters, write_cards
+from ..registry import ask_for_weight, check_adapters, write_cards
 from ..report.card import update_card
 from .proof import prove_first_step
 from .saved import require_trained
@@ -60,11 +69,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: the GPTQ layer.
         packed: the format of the GPTQ layer.
+        activation_dtype: what the model computes in, and so the dtype of `weight`.
         first_to_move: the containers, among `adapter_layer_names`, that the first optimizer step must change.
     """
 
     base_layer: nn.Module
     packed: gptq.PackedFormat
+    activation_dtype: torch.dtype = torch.float32
     first_to_move: tuple[str, ...]
     adapter_layer_names: tuple[str, ...]
 
@@ -85,6 +96,19 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def base_tensors(self) -> gptq.PackedTensors:
         """The packed tensors of the base model, whether or not adapters are merged into them."""
         return gptq.packed_tensors(self.get_base_layer())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The shape, the device and the dtype of the weight, for code that asks for these; it has no values."""
+        return weight_without_values(self.get_base_layer(), self.packed, self.activation_dtype)
+
+    def kept_from_casts(self) -> list[torch.Tensor]:
+        """Those of the layer's tensors whose dtype stays when the model is cast."""
+        return [gptq.packed_tensors(self.get_base_layer()).scales]
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> Any:
+        self.activation_dtype = after_cast(fn, self.activation_dtype)
+        return super()._apply(without_cast(fn, self.kept_from_casts()), recurse)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Change the dtype of an adapter's parameters, which stay the same objects."""
@@ -142,6 +166,11 @@ class PackedTuner(BaseTuner):
     """
 
     linear_class: type[AdaptedLinear]
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> Any:
+        """Casts leave the scales of all GPTQ layers in their dtype, of those without an adapter too."""
+        scales = [getattr(layer, "scales", None) for layer in self._packed_layers().values()]
+        return super()._apply(without_cast(fn, [kept for kept in scales if kept is not None]), recurse)
 
     def _layer_options(self, config: Any, name: str) -> dict[str, Any]:
         """Options of one layer."""
@@ -219,6 +248,7 @@ class PackedTuner(BaseTuner):
                     "`exclude_modules`, or train it whole with `modules_to_save`."
                 )
         _warn_if_mislabelled(formats)
+        warn_of_cast_scales(formats)
         return formats
 
     def _match_base(self, config: Any, packed_layers: dict[str, nn.Module]) -> dict[str, bytes]:
@@ -292,6 +322,9 @@ class PackedTuner(BaseTuner):
             return
         packed = self._formats.get(current_key) or gptq.read_format(target, current_key)
         layer = self.linear_class(target, adapter_name, peft_config, packed, **options)
+        layer.activation_dtype = activation_dtype(
+            parameter for name, parameter in self.model.named_parameters() if self.prefix not in name
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -431,6 +464,7 @@ def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], reposit
 
 
 write_cards(PackedTuner, _write_card)
+ask_for_weight(is_prepared)
 
 
 def _warn_if_mislabelled(formats: dict[str, gptq.PackedFormat]) -> None:

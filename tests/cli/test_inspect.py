@@ -44,7 +44,7 @@ class TestCheckpoints:
         )
         result = run("inspect", directory)
         assert result.code == 1
-        assert "smallest scale is 0" in result.stdout
+        assert "scales are zero. The checkpoint is damaged" in result.stdout
         assert "- and 4 more" in result.stdout
         assert result.stderr == ""
 

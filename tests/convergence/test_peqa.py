@@ -44,14 +44,24 @@ def naive_curve(model):
 
     def forward(x):
         for position, (centered, scales, g_idx, delta) in enumerate(layers):
-            x = x @ (round_scales_straight_through(scales + delta, torch.float16)[g_idx] * centered)
+            tuned = round_scales_straight_through(scales + delta, scales, torch.float16)
+            x = x @ (tuned[g_idx] * centered)
             x = torch.relu(x) if position == 0 else x
         return model.head(x)
 
     return curve(forward, [delta for *_, delta in layers])
 
 
-@pytest.mark.parametrize("options", ({"group_size": 32}, {"group_size": -1}, {"group_size": 32, "act_order": True}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"group_size": 32},
+        {"group_size": -1},
+        {"group_size": 32, "act_order": True},
+        {"group_size": 32, "signed": True},
+        {"group_size": -1, "signed": True},
+    ),
+)
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_the_loss_curve_is_that_of_the_formulas(bits, options):
     model = PlainMLP(bits, symmetric=False, **options).to(DEVICE).requires_grad_(False)

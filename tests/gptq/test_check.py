@@ -36,8 +36,9 @@ def replace(name, function):
         (replace("g_idx", lambda t: t.float()), "dtype torch.float32"),
         (spoil_scale(float("nan")), "1 of 192 scales are NaN or infinite"),
         (spoil_scale(float("inf")), "1 of 192 scales are NaN or infinite"),
-        (spoil_scale(0.0), "smallest scale is 0"),
-        (spoil_scale(-0.5), "smallest scale is -0.5"),
+        (spoil_scale(float("-inf")), "1 of 192 scales are NaN or infinite"),
+        (spoil_scale(0.0), "1 of 192 scales are zero"),
+        (spoil_scale(-0.0), "1 of 192 scales are zero"),
         (replace("scales", lambda t: t[:, :-1]), "expected 64 columns"),
         (replace("scales", lambda t: t.int()), "scales have dtype torch.int32"),
         (replace("qzeros", lambda t: t[:-1]), r"qzeros have shape \(2, 8\), expected \(3"),
@@ -53,3 +54,9 @@ def test_damaged_layers_are_refused_by_name(spoil, message):
         gptq.read_format(layer, "model.layers.3.mlp.up_proj")
     assert "model.layers.3.mlp.up_proj (PlainLayer) is not a valid GPTQ layer" in str(error.value)
     assert "download it again" in str(error.value)
+
+
+def test_scales_may_be_negative():
+    layer = PlainLayer(random_packed(4, group_size=32))
+    layer.scales[1].neg_()
+    assert gptq.read_format(layer).groups == 3

@@ -33,9 +33,10 @@ def dense(tensors, scaling):
 
 class TestScales:
     @pytest.mark.parametrize("serving_dtype", [None, "bfloat16"])
+    @pytest.mark.parametrize("signed", [False, True])
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-    def test_against_naive_loops(self, bits, serving_dtype):
-        packed = random_packed(bits, group_size=32)
+    def test_against_naive_loops(self, bits, signed, serving_dtype):
+        packed = random_packed(bits, group_size=32, signed=signed)
         scales = packed.tensors["scales"]
         delta = torch.randn(scales.shape, generator=torch.Generator().manual_seed(1)) * scales.float() * 1e-3
         (row,) = layer_changes({f"{KEY}.peqa_scales": delta}, {"serving_dtype": serving_dtype}, base_of(packed))

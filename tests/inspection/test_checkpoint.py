@@ -80,7 +80,19 @@ class TestSoundCheckpoints:
         assert layer.scale_range == (float(scales.min()), float(scales.max()))
         assert layer.not_bfloat16 == sum(float(s) != float(s.bfloat16()) for s in scales.flatten()) / scales.numel()
         assert (layer.in_features, layer.out_features, layer.groups, layer.group_size) == (96, 64, 3, 32)
-        assert (layer.scale_dtype, layer.dead_scales) == ("float16", 0)
+        assert (layer.scale_dtype, layer.dead_scales, layer.negative_scales) == ("float16", 0, 0)
+
+    def test_negative_scales_are_counted_and_noted(self, tmp_path):
+        inspection = inspect_checkpoint(save_tiny_llama(tmp_path / "llama", signed=True))
+        assert inspection.errors == ()
+        negative = {layer.name: layer.negative_scales for layer in inspection.layers}
+        tensors = load_file(tmp_path / "llama" / "model.safetensors")
+        assert negative == {name: int((tensors[f"{name}.scales"] < 0).sum()) for name in negative}
+        scales = torch.cat([tensors[f"{name}.scales"].flatten() for name in negative])
+        share = f"{(scales < 0).double().mean():.1%} of the scales are negative, as AutoRound writes"
+        assert any(share in note for note in inspection.notes)
+        assert all(layer.dead_scales == 0 and layer.scale_range[0] < 0 for layer in inspection.layers)
+        assert all(how.startswith("yes") for how in inspection.training.values())
 
     def test_sizes(self, tmp_path):
         directory = save_tiny_llama(tmp_path / "llama", 3, 32, shards=3)

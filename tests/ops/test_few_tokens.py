@@ -24,12 +24,15 @@ LAYOUTS = {
     "small odd groups": {"group_size": 24},
     "act-order": {"group_size": 32, "act_order": True},
     "ragged act-order": {"group_size": 96, "act_order": True},
+    "signed per channel": {"group_size": -1, "signed": True},
+    "signed": {"group_size": 32, "signed": True},
+    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
 }
 
 
-def arguments(bits, layout="64", zero_offset=1, rows=256, columns=96, symmetric=False):
-    options = LAYOUTS[layout]
-    packed = random_packed(bits, rows, columns, symmetric=symmetric, zero_offset=zero_offset, **options)
+def arguments(bits, layout="64", zero_offset=1, rows=256, columns=96, symmetric=False, **options):
+    options = {"symmetric": symmetric, **LAYOUTS[layout], **options}
+    packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **options)
     tensors = packed.tensors
     g_idx = tensors["g_idx"] if options.get("act_order") else None
     scales = tensors["scales"].float()
@@ -69,9 +72,10 @@ def test_every_layout(bits, layout, zero_offset, made):
 
 
 @pytest.mark.parametrize("zero_offset", (0, 1))
+@pytest.mark.parametrize("signed", (False, True))
 @pytest.mark.parametrize("symmetric", (True, False))
-def test_8_bits(symmetric, zero_offset):
-    packed, arguments_ = arguments(8, zero_offset=zero_offset, symmetric=symmetric)
+def test_8_bits(symmetric, signed, zero_offset):
+    packed, arguments_ = arguments(8, zero_offset=zero_offset, symmetric=symmetric, signed=signed)
     x = tokens(2)
     assert (few_tokens.product(x, *arguments_) is None) == (not symmetric)
     close_to(ops.linear(x, *arguments_), x, packed.weight)
@@ -94,9 +98,10 @@ def test_16_bit_tokens_lose_only_the_rounding_of_the_output(dtype):
     torch.testing.assert_close(y, (x.double() @ packed.weight.double()).to(dtype))
 
 
+@pytest.mark.parametrize("signed", (False, True))
 @pytest.mark.parametrize("group_size", (32, 64, 128, 256))
-def test_4_bits_in_bfloat16(group_size, made):
-    packed = random_packed(4, 512, 96, group_size=group_size, symmetric=True, zero_offset=1)
+def test_4_bits_in_bfloat16(group_size, signed, made):
+    packed = random_packed(4, 512, 96, group_size=group_size, symmetric=True, zero_offset=1, signed=signed)
     tensors = packed.tensors
     x = tokens(3, 512, torch.bfloat16)
     for factor in (1.0, 0.5):

@@ -177,6 +177,46 @@ class TestWeight:
         assert (columns.dtype, columns.item(), values.item()) == (torch.int32, 39_999, 1)
 
 
+def mirrored(codes, scales):
+    """The same weight, by negative scales."""
+    return codes.neg(), scales.neg()
+
+
+class TestNegativeScales:
+    def test_decoding(self):
+        parts = [*mirrored(*ops.encode_weight(random(7, 128), 0, 4)[:2]), None, None]
+        assert torch.equal(ops.decode_weight(*parts, torch.float32), reference.int8_decode(*parts))
+
+    def test_a_step_is_that_of_the_mirrored_weight(self):
+        state, other = (State((5, 300), groups=3) for _ in range(2))
+        state.weight.clamp_(-100, 100)
+        other.weight, other.scales = mirrored(state.weight, state.scales)
+        start, lr = state.decoded(), 3 * state.scales.min().item()
+        for key in range(3):
+            for each in (state, other):
+                each.step(random(5, 300, seed=9), lr=lr, rounding=ops.NEAREST, key=key)
+        assert not torch.equal(state.decoded(), start)
+        assert torch.equal(other.decoded(), state.decoded())
+
+    def test_a_refresh_keeps_what_fits(self):
+        codes, scales = mirrored(*ops.encode_weight(random(6, 300), 0)[:2])
+        codes.clamp_(-126, 126)
+        before = codes.clone(), scales.clone()
+        for key in range(20):
+            ops.refresh_weight(codes, scales, None, None, key)
+        assert torch.equal(codes, before[0])
+        assert torch.equal(scales, before[1])
+
+    def test_a_refresh_gives_room_at_the_edge(self):
+        codes, scales = mirrored(*ops.encode_weight(random(6, 300), 0)[:2])
+        codes[:, 5] = -128
+        before = ops.decode_weight(codes, scales, None, None, torch.float32)
+        ops.refresh_weight(codes, scales, None, None, 1)
+        assert codes.abs().max() < 115
+        after = ops.decode_weight(codes, scales, None, None, torch.float32)
+        assert ((after - before).abs() <= scales.abs()).all()
+
+
 class TestRefresh:
     def test_keeps_what_fits(self):
         parts = ops.encode_weight(random(6, 300), 3)

@@ -76,6 +76,7 @@ def test_gradients_of_zeros_and_of_what_is_not_finite():
 def test_decoding(shape, outliers, groups, dtype):
     parts = int8.encode_weight(random(*shape), outliers, groups)
     parts[0].add_(1)
+    parts[1][::2] *= -1
     expected = int8.decode_weight(*parts, dtype)
     actual = kernels.decode_weight(*moved(parts), dtype)
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates to bf16, the GPU rounds
@@ -84,10 +85,12 @@ def test_decoding(shape, outliers, groups, dtype):
         assert_same([actual], [expected])
 
 
-def lion(path, device, shape, dtype, groups, quantized, rounding, norm):
+def lion(path, device, shape, dtype, groups, quantized, rounding, norm, signed=False):
     weight, scales = (random(*shape) * 0.02).to(dtype), None
     if dtype == torch.int8:
         weight, scales, *_ = int8.encode_weight(random(*shape) * 0.02, 0, groups)
+        if signed:
+            scales[::2] *= -1
     gradient, gradient_scales = random(*shape, seed=1).to(dtype if dtype.is_floating_point else torch.float16), None
     if quantized:
         gradient, gradient_scales, _ = int8.encode_gradient(gradient, 1)
@@ -107,6 +110,13 @@ def lion(path, device, shape, dtype, groups, quantized, rounding, norm):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lion(shape, quantized, rounding, norm):
     arguments = shape, torch.int8, 1, quantized, rounding, norm
+    assert_same(lion(kernels, DEVICE, *arguments), lion(int8, "cpu", *arguments))
+
+
+@pytest.mark.parametrize("rounding", (int8.STOCHASTIC, int8.NEAREST, int8.ERROR_FEEDBACK))
+@pytest.mark.parametrize("groups", (1, 32))
+def test_lion_on_negative_scales(groups, rounding):
+    arguments = (16, 1024), torch.int8, groups, True, rounding, 1.0, True
     assert_same(lion(kernels, DEVICE, *arguments), lion(int8, "cpu", *arguments))
 
 

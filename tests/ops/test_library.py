@@ -15,13 +15,16 @@ LAYOUTS = {
     "small odd groups": {"group_size": 24},
     "act-order": {"group_size": 32, "act_order": True},
     "ragged act-order": {"group_size": 64, "act_order": True},
+    "signed per channel": {"group_size": -1, "signed": True},
+    "signed": {"group_size": 32, "signed": True},
+    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
 }
 BITS = (2, 3, 4, 8)
 
 
 def arguments(bits, layout="grouped", zero_offset=1, **sizes):
     options = LAYOUTS[layout]
-    packed = random_packed(bits, symmetric=False, zero_offset=zero_offset, **sizes, **options)
+    packed = random_packed(bits, zero_offset=zero_offset, **sizes, **{"symmetric": False, **options})
     tensors = packed.tensors
     g_idx = tensors["g_idx"] if options.get("act_order") else None
     return packed, (tensors["qweight"], tensors["qzeros"], tensors["scales"].float()), (g_idx, bits, packed.group_size)
@@ -92,7 +95,7 @@ def lora_factors(rank=4):
     return (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((rank, 96), (64, rank)))
 
 
-@pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order"))
+@pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order", "signed"))
 @pytest.mark.parametrize("bits", BITS)
 def test_lora_linear_and_its_gradients(bits, layout):
     packed, tensors, layout_arguments = arguments(bits, layout)

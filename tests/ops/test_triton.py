@@ -17,6 +17,9 @@ LAYOUTS = {
     "groups smaller than a unit": {"group_size": 4},
     "act-order": {"group_size": 32, "act_order": True},
     "ragged act-order": {"group_size": 64, "act_order": True},
+    "signed per channel": {"group_size": -1, "signed": True},
+    "signed": {"group_size": 32, "signed": True},
+    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
 }
 BITS = (2, 3, 4, 8)
 
@@ -35,7 +38,7 @@ def poisoned(monkeypatch):
 
 def arguments(bits, layout, zero_offset, rows=96, columns=96):
     options = LAYOUTS[layout]
-    packed = random_packed(bits, rows, columns, symmetric=False, zero_offset=zero_offset, **options)
+    packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **{"symmetric": False, **options})
     tensors = {name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()}
     g_idx = tensors["g_idx"] if options.get("act_order") else None
     return packed, tensors, (g_idx, bits, packed.group_size, zero_offset)

@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_quant import Int8Weight, QFTConfig, export_qft, quantize_model
+from peft_quant import Int8Weight, QFTConfig, export_qft, gptq, quantize_model
 from peft_quant.gptq.check import PackedTensors, check_packed_tensors
 from peft_quant.qft.export import _FOUND_BY_ITSELF
 
@@ -107,9 +107,10 @@ class TestGPTQ:
         quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert (quantization["bits"], quantization["group_size"], quantization["sym"]) == (8, -1, True)
 
+    @pytest.mark.parametrize("signed", (False, True))
     @pytest.mark.parametrize("group_size", (-1, 32))
-    def test_a_gptq_checkpoint_comes_back_as_it_was(self, tmp_path, input_ids, group_size):
-        base = save_tiny_llama(tmp_path / "base", 8, group_size)
+    def test_a_gptq_checkpoint_comes_back_as_it_was(self, tmp_path, input_ids, group_size, signed):
+        base = save_tiny_llama(tmp_path / "base", 8, group_size, signed=signed)
         model = quantize_model(load(base, bits=8, dtype=torch.float16))
         error = export_qft(model, tmp_path / "out", "gptq", inputs={"input_ids": input_ids})
         assert error.largest == 0
@@ -141,6 +142,19 @@ class TestGPTQ:
         assert error.largest < 0.01 * error.largest_logit
         tensors = load_file(tmp_path / "out" / "model.safetensors")
         assert all((tensor > 0).all() for name, tensor in tensors.items() if name.endswith(".scales"))
+
+    def test_tiny_negative_scales(self, tmp_path):
+        model = quantize_model(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
+        layer = "model.layers.0.mlp.up_proj"
+        weight = model.get_parameter(f"{layer}.weight")
+        with torch.no_grad():
+            weight.scales[3] = -1e-5  # below fp16's normal numbers
+        export_qft(model, tmp_path / "out", "gptq")
+        exported = load(tmp_path / "out", bits=8).get_submodule(layer)
+        scales = exported.scales[:, 3].float()
+        assert (scales == -(2.0**-14)).all()
+        difference = gptq.dequantize(exported, gptq.read_format(exported))[3] - weight.dequantize(torch.float32)[3]
+        assert (difference.abs() <= 2.0**-15).all()  # half a step
 
     def test_layers_left_in_float_are_named(self, tmp_path, input_ids):
         model = int8_llama(QFTConfig(modules_to_not_convert=["down_proj"]), torch.float32)

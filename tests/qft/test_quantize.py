@@ -148,16 +148,28 @@ class TestFloatModels:
 
 
 class TestGPTQ:
-    @pytest.mark.parametrize("checkpoint_format", ("gptq", "gptq_v2"))
-    @pytest.mark.parametrize(("group_size", "groups"), ((-1, 1), (32, 2)))
-    def test_8_bit_integers_are_taken_as_they_are(self, tmp_path, input_ids, group_size, groups, checkpoint_format):
-        path = save_tiny_llama(tmp_path / "base", 8, group_size, checkpoint_format=checkpoint_format)
+    @pytest.mark.parametrize(
+        ("group_size", "groups", "checkpoint_format", "signed"),
+        (
+            (-1, 1, "gptq", False),
+            (-1, 1, "gptq_v2", False),
+            (32, 2, "gptq", False),
+            (32, 2, "gptq_v2", False),
+            (-1, 1, "gptq", True),
+            (32, 2, "gptq", True),
+        ),
+    )
+    def test_8_bit_integers_are_taken_as_they_are(
+        self, tmp_path, input_ids, group_size, groups, checkpoint_format, signed
+    ):
+        path = save_tiny_llama(tmp_path / "base", 8, group_size, checkpoint_format=checkpoint_format, signed=signed)
         model = load(path, bits=8)
         expected = model(input_ids).logits
         scales = model.model.layers[0].mlp.up_proj.scales.t().float()
         quantize_model(model)
         weight = model.model.layers[0].mlp.up_proj.weight
         assert torch.equal(weight.scales, scales)
+        assert bool((scales < 0).any()) == signed
         assert (weight.scales.shape[1], weight.outlier_columns) == (groups, None)
         assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
         # the other side computes in 16 bits, as GPTQ's kernel does
@@ -169,9 +181,10 @@ class TestGPTQ:
         weight = model.model.layers[0].mlp.up_proj.weight
         assert all(part.is_contiguous() for part in weight.parts.values())
 
+    @pytest.mark.parametrize("signed", (False, True))
     @pytest.mark.parametrize("layer_bias", (False, True))
-    def test_codes(self, layer_bias):
-        packed = random_packed(8)
+    def test_codes(self, layer_bias, signed):
+        packed = random_packed(8, signed=signed)
         model = nn.Sequential(PlainLayer(packed, torch.arange(64.0) if layer_bias else None), nn.Linear(64, 8))
         quantize_model(model)
         weight = model[0].weight
@@ -188,6 +201,8 @@ class TestGPTQ:
             (8, {"group_size": 32, "symmetric": False}),
             (8, {"group_size": 32, "act_order": True}),
             (8, {"group_size": 64}),
+            (4, {"group_size": 32, "signed": True}),
+            (8, {"group_size": 32, "symmetric": False, "signed": True}),
         ),
         ids=str,
     )

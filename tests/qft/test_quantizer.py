@@ -130,7 +130,7 @@ class TestDamage:
             (_drop("outlier_values"), "outlier_columns and outlier_values come together"),
             (_set("codes", lambda t: t[:, :32].contiguous()), r"codes have shape \(96, 32\), the model's weight"),
             (_set("codes", lambda t: t.int()), r"codes are an int8 matrix, found torch\.int32"),
-            (_set("scales", lambda t: t * torch.nan), "scales are finite and above zero"),
+            (_set("scales", lambda t: t * torch.nan), "scales are finite and not zero"),
             (_set("scales", lambda t: t[:5].contiguous()), r"scales are fp32 \[96, G\]"),
             (_set("outlier_columns", lambda t: t + 64), "outlier_columns ascend within 0 to 63"),
             (_set("outlier_values", lambda t: t / 0), "outlier_values are finite"),

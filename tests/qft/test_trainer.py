@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
-from gptq_models import float_llama, peak_bytes, tiny_tokenizer
+from gptq_models import float_llama, load, peak_bytes, save_tiny_llama, tiny_tokenizer
 from qft_models import assert_equal, contents, family_trainer, int8_llama, int8_model, trainer
 from quick_training import SETTINGS, logged, sequences
 from safetensors.torch import load_file
@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from trl import SFTConfig, SFTTrainer
 
 import peft_quant
-from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTMixin, QFTTrainer, QuantizedLion, TrainingError
+from peft_quant import (
+    Int8Weight,
+    QFTArguments,
+    QFTConfig,
+    QFTMixin,
+    QFTTrainer,
+    QuantizedLion,
+    TrainingError,
+    quantize_model,
+)
 from peft_quant.qft.dry_run import first_rows_only, require_readable
 from peft_quant.qft.trainer import _check_arguments
 
@@ -364,6 +373,13 @@ class TestReport:
     def test_a_useful_one_is_not_warned_of(self, tmp_path, recwarn):
         trainer(tmp_path).train()
         assert not [warning for warning in recwarn if "hardly train" in str(warning.message)]
+
+    @pytest.mark.parametrize("rate", (1e-9, 1e-3))
+    def test_negative_scales_count_by_their_size(self, tmp_path, recwarn, rate):
+        model = quantize_model(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
+        trainer(tmp_path, model, learning_rate=rate).train()
+        warned = [warning for warning in recwarn if "hardly train" in str(warning.message)]
+        assert bool(warned) == (rate == 1e-9)
 
 
 class TestRefusals:

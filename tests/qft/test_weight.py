@@ -57,8 +57,8 @@ class TestMaking:
             ({"codes": torch.zeros(3, 4)}, "codes are an int8 matrix"),
             ({"scales": torch.ones(3, 3)}, "G a divisor of 4"),
             ({"scales": torch.ones(3, 1).half()}, "scales are fp32"),
-            ({"scales": torch.zeros(3, 1)}, "above zero"),
-            ({"scales": torch.full((3, 1), float("nan"))}, "above zero"),
+            ({"scales": torch.zeros(3, 1)}, "not zero"),
+            ({"scales": torch.full((3, 1), float("nan"))}, "not zero"),
             ({"outlier_columns": torch.zeros(3, 1, dtype=torch.int16)}, "come together"),
             ({"outlier_columns": torch.zeros(3, 1), "outlier_values": torch.ones(3, 1)}, "outlier_columns are"),
             (

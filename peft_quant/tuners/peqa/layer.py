@@ -24,7 +24,8 @@ class PEQALayer(AdaptedLinear):
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    with `round` to what the checkpoint can store and the straight-through gradient, so that merging changes nothing.
+    with `round` to what the checkpoint can store, on the side of zero where the scale is, and the straight-through
+    gradient, so that merging changes nothing.
     """
 
     adapter_layer_names = ("peqa_scales",)
@@ -52,7 +53,7 @@ class PEQALayer(AdaptedLinear):
     def update_layer(self, adapter_name: str, config: PEQAConfig) -> None:
         delta = torch.zeros_like(self.base_scales, dtype=torch.float32)
         if not config.init_weights:
-            delta.normal_().mul_(0.1 * self.base_scales.float().mean())
+            delta.normal_().mul_(0.1 * self.base_scales.float().abs().mean())
         self.peqa_scales[adapter_name] = nn.Parameter(delta)
         self.serving_dtype[adapter_name] = config.serving_torch_dtype
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -63,11 +64,17 @@ class PEQALayer(AdaptedLinear):
         if not delta.is_meta:
             delta.data = delta.data.to(device or self.base_scales.device)
 
+    def kept_from_casts(self) -> list[torch.Tensor]:
+        deltas = list(self.peqa_scales.parameters())
+        gradients = [delta.grad for delta in deltas if delta.grad is not None]
+        return [*super().kept_from_casts(), *deltas, *gradients]
+
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
         delta = reduce(add, (self.peqa_scales[name].float() for name in adapter_names))
-        scales = self.base_scales.float() + delta
-        return round_scales_straight_through(scales, self.packed.scale_dtype, self._serving_dtype(adapter_names))
+        base = self.base_scales.float()
+        dtypes = self.packed.scale_dtype, self._serving_dtype(adapter_names)
+        return round_scales_straight_through(base + delta, base, *dtypes)
 
     def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:
         for name in adapter_names:

@@ -86,7 +86,8 @@ class Merge:
                     f"cannot hold. {_MERGE_IN_MEMORY}"
                 )
             return new
-        return round_scales(old.float() + self.deltas[name].float(), old.dtype, self.config.serving_torch_dtype)
+        tuned = old.float() + self.deltas[name].float()
+        return round_scales(tuned, old, old.dtype, self.config.serving_torch_dtype)
 
 
 def merge_checkpoint(

@@ -23,7 +23,8 @@ class PEQAModel(PackedTuner):
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
-    Deltas are fp32, or with `autocast_adapter_dtype=False` of the model's dtype.
+    Deltas are fp32, or with `autocast_adapter_dtype=False` of the model's dtype. Casting the model later leaves deltas
+    and the base's scales in their dtype, as merging writes both.
 
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.

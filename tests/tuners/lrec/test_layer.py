@@ -48,6 +48,8 @@ LAYOUTS = [
     {"zero_offset": 0, "symmetric": False},
     {"rows": 32, "columns": 32, "group_size": 32},
     {"scale_dtype": torch.bfloat16},
+    {"group_size": 32, "signed": True},
+    {"symmetric": False, "signed": True},
     {"bias": torch.linspace(-1, 1, 64)},
 ]
 

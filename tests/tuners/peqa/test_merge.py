@@ -40,18 +40,21 @@ def snapshot(directory):
 
 @pytest.mark.parametrize("checkpoint_format", ("gptq", "gptq_v2"))
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "act_order", "options"),
+    ("bits", "group_size", "symmetric", "act_order", "signed", "options"),
     (
-        (2, 32, False, False, {}),
-        (3, 64, True, True, {"target_modules": ["q_proj", "down_proj"]}),
-        (4, -1, True, False, {"serving_dtype": "bfloat16"}),
-        (8, 32, False, True, {"modules_to_save": ["lm_head"]}),
+        (2, 32, False, False, False, {}),
+        (3, 64, True, True, False, {"target_modules": ["q_proj", "down_proj"]}),
+        (4, -1, True, False, False, {"serving_dtype": "bfloat16"}),
+        (8, 32, False, True, False, {"modules_to_save": ["lm_head"]}),
+        (4, 32, True, False, True, {}),
+        (3, -1, False, False, True, {"serving_dtype": "bfloat16"}),
     ),
 )
-def test_equals_merging_in_memory(tmp_path, checkpoint_format, bits, group_size, symmetric, act_order, options):
-    base = save_tiny_llama(
-        tmp_path / "base", bits, group_size, symmetric, act_order, checkpoint_format=checkpoint_format, shards=2
-    )
+def test_equals_merging_in_memory(
+    tmp_path, checkpoint_format, bits, group_size, symmetric, act_order, signed, options
+):
+    layout = {"checkpoint_format": checkpoint_format, "shards": 2, "signed": signed}
+    base = save_tiny_llama(tmp_path / "base", bits, group_size, symmetric, act_order, **layout)
     peft_model = tune(base, tmp_path / "adapter", bits, **options)
     out = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     peft_model.merge_and_unload().save_pretrained(tmp_path / "in_memory")

@@ -377,13 +377,19 @@ def reload(directory, bits):
     return copy.deepcopy(load(directory, bits))
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order"), (
-    (2, 32, False, False), (3, 64, True, True), (4, 32, True, False), (4, -1, False, False), (8, 32, True, True),
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order", "signed"), (
+    (2, 32, False, False, False),
+    (3, 64, True, True, False),
+    (4, 32, True, False, False),
+    (4, -1, False, False, False),
+    (8, 32, True, True, False),
+    (4, 32, True, False, True),
+    (2, -1, False, True, True),
 ))  # fmt: skip
 class TestMerge:
     @pytest.fixture
-    def tuned(self, tmp_path, bits, group_size, symmetric, act_order):
-        self.base = save_tiny_llama(tmp_path / "base", bits, group_size, symmetric, act_order)
+    def tuned(self, tmp_path, bits, group_size, symmetric, act_order, signed):
+        self.base = save_tiny_llama(tmp_path / "base", bits, group_size, symmetric, act_order, signed=signed)
         return randomize(get_peft_model(load(self.base, bits), config())).eval()
 
     def test_merging_changes_no_bit_and_comes_back(self, tuned, input_ids):
