@@ -63,13 +63,18 @@ class StoredTensor:
     begin: int
     end: int
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None of a dtype that is not known."""
+        return _DTYPES.get(self.dtype)
+
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own.
 
         Raises:
             InvalidCheckpointError: its dtype is not known, or its bytes are not as many as its shape takes.
         """
-        dtype, size = _DTYPES.get(self.dtype), self.end - self.begin
+        dtype, size = self.torch_dtype, self.end - self.begin
         if dtype is None or math.prod(self.shape) * dtype.itemsize != size:
             raise InvalidCheckpointError(
                 f"{self.file} has a tensor of {self.dtype} {self.shape} in {size} bytes, which cannot be read: it is "

@@ -25,7 +25,7 @@ from ..ops.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
 from .check import InvalidCheckpointError
 from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
 from .names import loaded_names, missing_layers, of_experts
-from .source import Source, packed_modules, require_whole
+from .source import Source, packed_modules
 from .view import repacked, tensor_format, zero_offset
 from .zero_points import checkpoint_format, stored_zero_offset
 
@@ -161,10 +161,13 @@ def require_readable(model: nn.Module) -> None:
 
     Raises:
         InvalidCheckpointError: the model lacks layers that the files have packed, or the reverse.
+        ValueError: the scales of a layer were cast since the model was loaded.
     """
-    require_whole(model)
     packed = packed_modules(model)
     source = Source.of(model, packed.keys())
+    if source is not None:
+        source.require_whole(packed.keys())
+        source.require_own_scales(packed)
     unreadable = [name for name, layer in packed.items() if repacked(layer)]
     quantizer = getattr(model, "hf_quantizer", None)
     if not unreadable or source is None or not isinstance(quantizer, GptqHfQuantizer):
@@ -243,6 +246,8 @@ def _make_layer(
         layer.bias is not None,
         weight_dtype=layer.weight.dtype,
     )
+    if scales is not None and scales.torch_dtype != packed.scales.dtype:
+        packed.scales = packed.scales.to(scales.torch_dtype)  # fp16, unless the files say otherwise
     packed.device = layer.weight.device
     if hasattr(packed, "weight"):
         packed.weight._is_hf_initialized = True  # what stands in for the weight; transformers would initialize it

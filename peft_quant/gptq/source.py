@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -78,6 +79,26 @@ class Source:
                     f"where their weights are random ({listed}). Load it again after `import peft_quant`, with "
                     '`quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`: then what the files have '
                     "packed is packed in the model."
+                )
+
+    def require_own_scales(self, layers: Mapping[str, Any]) -> None:
+        """Check that scales have the dtype of the files, in which alone they have their values.
+
+        Args:
+            layers: packed layers of the model, by the names that they have without adapters.
+
+        Raises:
+            ValueError: they were cast, and so rounded, since the model was loaded.
+        """
+        for name, layer in layers.items():
+            stored = self.checkpoint.tensors.get(f"{self.layers.get(name)}.scales")
+            scales = getattr(layer, "scales", None)
+            if stored is not None and isinstance(scales, torch.Tensor) and scales.dtype != stored.torch_dtype:
+                raise ValueError(
+                    f"The scales of {name} are {scales.dtype} in memory and {stored.torch_dtype} in "
+                    f"{self.checkpoint.directory}: the model was cast after it was loaded, which rounds them. Load it "
+                    "in the dtype it is to compute in, `from_pretrained(..., dtype=...)`, which leaves scales as they "
+                    "are, or cast it with the adapter on."
                 )
 
     def digest(self, layers: Mapping[str, tuple[PackedTensors, PackedFormat]]) -> str | None:

@@ -169,7 +169,7 @@ class PackedTuner(BaseTuner):
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
         """Casts leave the scales of all GPTQ layers in their dtype, of those without an adapter too."""
-        scales = [getattr(layer, "scales", None) for layer in self._packed_layers().values()]
+        scales = [getattr(layer, "scales", None) for layer in packed_modules(self.model).values()]
         return super()._apply(without_cast(fn, [kept for kept in scales if kept is not None]), recurse)
 
     def _layer_options(self, config: Any, name: str) -> dict[str, Any]:

@@ -111,6 +111,26 @@ class TestModelsThatAreWhole:
         assert recorded["checkpoint"] is None
 
 
+class TestCastModels:
+    @pytest.mark.parametrize("cast", ("bfloat16", "double"))
+    @pytest.mark.parametrize(
+        "use", (lambda model: get_peft_model(model, PEQAConfig()), prepare_gptq_for_training, quantize_model)
+    )
+    def test_are_refused(self, model, cast, use):
+        with pytest.raises(ValueError, match=r"scales of .* are torch\.\w+ in memory and torch\.float16 in"):
+            use(getattr(model, cast)())
+
+    def test_scales_have_the_dtype_of_the_files(self, tmp_path):
+        directory = save_tiny_llama(tmp_path / "base")
+        file = directory / "model.safetensors"
+        tensors = {name: t.float() * 1.0001 if name.endswith("scales") else t for name, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.warns(UserWarning, match="scales of"):
+            model = get_peft_model(load(directory), PEQAConfig())
+        name = "model.layers.0.self_attn.q_proj"
+        assert torch.equal(model.get_submodule(f"base_model.model.{name}").base_scales, tensors[f"{name}.scales"])
+
+
 class TestRepackedLayers:
     """Kernels that repacked their weights are replaced, by what the files say."""
 

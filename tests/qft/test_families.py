@@ -185,7 +185,7 @@ class TestNames:
         model.decoder.block[0].layer[2].DenseReluDense.wo.weight.scales.fill_(torch.nan)
         model.save_pretrained(tmp_path)
         transformers.T5EncoderModel.from_pretrained(tmp_path)
-        with pytest.raises(InvalidCheckpointError, match="scales are finite and above zero"):
+        with pytest.raises(InvalidCheckpointError, match="scales are finite and not zero"):
             transformers.T5Model.from_pretrained(tmp_path)
 
     def test_a_model_without_embeddings_of_tokens(self, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from gptq_models import PlainLayer, PlainMLP, load, random_packed
+from gptq_models import PlainLayer, PlainMLP, forget_files, load, random_packed
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from quick_training import SETTINGS, sequences
 from safetensors.torch import load_file
@@ -297,13 +297,15 @@ class TestCastsThatReachTheScales:
             tuned = get_peft_model(load(checkpoint, dtype=dtype), method())
         assert same_scales(tuned, scales(get_peft_model(load(checkpoint), method())))
 
-    def test_another_base_is_what_it_is(self, tuned, checkpoint, tmp_path):
+    def test_before_an_adapter_is_loaded(self, tuned, checkpoint, tmp_path):
         tuned.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"scales of .* are torch\.bfloat16 in memory and torch\.float16 in"):
+            PeftModel.from_pretrained(load(checkpoint).bfloat16(), tmp_path)
         with (
             pytest.warns(UserWarning, match="The scales of"),
             pytest.raises(ValueError, match="trained on another base model"),
         ):
-            PeftModel.from_pretrained(load(checkpoint).bfloat16(), tmp_path)
+            PeftModel.from_pretrained(forget_files(load(checkpoint)).bfloat16(), tmp_path)
 
 
 def test_the_dtype_given_for_deltas_is_kept_too(checkpoint):
