@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GPTQConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
 from ..ops.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
 from .check import InvalidCheckpointError
 from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
-from .names import loaded_names, missing_layers, of_experts
+from .names import has_experts_apart, loaded_names, missing_layers, with_experts_apart
 from .source import Source, packed_modules
 from .view import repacked, tensor_format, zero_offset
 from .zero_points import checkpoint_format, stored_zero_offset
@@ -53,7 +52,6 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.checkpoint_files: tuple[Path, ...] = ()
-        self._experts_apart = False
         self._without_order: dict[str, int] = {}
 
     def _process_model_before_weight_loading(
@@ -100,7 +98,6 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
             from defuser import convert_model
 
             convert_model(model)
-            self._experts_apart = True
             names = loaded_names(stored_layers, model)
             missing = missing_layers(model, names.values(), _linear_layers(model))
             if missing:
@@ -137,12 +134,8 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
         model._keys_to_ignore_on_load_missing = [*(patterns or []), r"\.g_idx$"]  # of this model alone
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if self._experts_apart:
-            weight_conversions = [
-                each
-                for conversion in weight_conversions
-                for each in (isinstance(conversion, WeightConverter) and of_experts(conversion)) or [conversion]
-            ]
+        if has_experts_apart(model):
+            weight_conversions = with_experts_apart(weight_conversions)
         return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -29,12 +30,34 @@ _PROJECTIONS = {
 }
 
 
-def renamings(model: PreTrainedModel) -> list[Any]:
+def renamings(model: PreTrainedModel) -> list[WeightRenaming]:
     """How transformers renames the tensors of a checkpoint for a model, expert by expert where it has experts."""
+    each = with_experts_apart(get_model_conversion_mapping(model))
+    return [conversion for conversion in each if isinstance(conversion, WeightRenaming)]
+
+
+def conversions_of(model: PreTrainedModel, **options: Any) -> list[Any]:
+    """transformers' conversions of the tensors of a checkpoint for a model, which may have its experts apart.
+
+    Args:
+        model: the model.
+        options: of `get_model_conversion_mapping`.
+    """
+    conversions = get_model_conversion_mapping(model, **options)
+    return with_experts_apart(conversions) if has_experts_apart(model) else conversions
+
+
+def has_experts_apart(model: nn.Module) -> bool:
+    """Whether a model has experts that are modules of their own."""
+    return any(re.search(r"\.experts\.\d+$", name) for name, _ in model.named_modules())
+
+
+def with_experts_apart(conversions: Iterable[Any]) -> list[Any]:
+    """Conversions for a model whose experts are modules of their own, given those for one whose experts are not."""
     return [
-        renaming
-        for conversion in get_model_conversion_mapping(model)
-        for renaming in (of_experts(conversion) if isinstance(conversion, WeightConverter) else [conversion])
+        each
+        for conversion in conversions
+        for each in (isinstance(conversion, WeightConverter) and of_experts(conversion)) or [conversion]
     ]
 
 

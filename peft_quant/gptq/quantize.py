@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from .checkpoint import new_directory
 from .finished_layers import kept
-from .names import of_experts
+from .names import with_experts_apart
 from .source import packed_modules
 from .zero_points import keep_checkpoint_format
 
@@ -156,11 +155,7 @@ def _take_experts_apart(model: PreTrainedModel) -> bool:
             "they would stay in float. Update defuser and gptqmodel, or quantize with GPTQModel."
         )
     loaded: Any = model
-    loaded._weight_conversions = [  # which saving reverts
-        each
-        for conversion in loaded._weight_conversions or ()
-        for each in (isinstance(conversion, WeightConverter) and of_experts(conversion)) or [conversion]
-    ]
+    loaded._weight_conversions = with_experts_apart(loaded._weight_conversions or ())  # which saving reverts
     return True
 
 

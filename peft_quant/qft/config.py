@@ -22,6 +22,8 @@ class QFTConfig(QuantizationConfigMixin):
         embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
         modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
             float, as the model's class or as its base model's calls them.
+        experts_apart (`bool`): Whether the experts of a mixture are modules of their own, in int8 as any layer.
+            transformers has all experts of a layer in one tensor, which stays in float. [`quantize_model`] finds out.
 
     Raises:
         ValueError: a ratio outside of 0 to 0.5.
@@ -32,6 +34,7 @@ class QFTConfig(QuantizationConfigMixin):
         outlier_ratio: float = 0.01,
         embeddings: bool = False,
         modules_to_not_convert: list[str] | None = None,
+        experts_apart: bool = False,
         **_: Any,
     ) -> None:
         if not 0 <= outlier_ratio <= 0.5:
@@ -40,3 +43,4 @@ class QFTConfig(QuantizationConfigMixin):
         self.outlier_ratio = outlier_ratio
         self.embeddings = embeddings
         self.modules_to_not_convert = modules_to_not_convert
+        self.experts_apart = experts_apart

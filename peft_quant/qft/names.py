@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
@@ -15,6 +14,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from ..gptq.names import conversions_of
 
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def conversions_to_revert(model: PreTrainedModel, int8: Iterable[str]) -> list[W
     """
     loaded_with = getattr(model, "_weight_conversions", None)
     if loaded_with is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = conversions_of(model, add_legacy=False)
         return [each for each in conversions if not isinstance(each, PrefixChange)]
-    conversions = get_model_conversion_mapping(model)
+    conversions = conversions_of(model)
     apart = conversions_apart_from(int8, conversions)
     used = set(map(_what_it_does, loaded_with))
     return [each for each in conversions if each not in apart or _what_it_does(each) in used]

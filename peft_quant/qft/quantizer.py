@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
+from ..gptq.names import conversions_of, with_experts_apart
 from .checkpoint import PARTS, PATTERNS, check_checkpoint, flatten, part_names
 from .config import QUANT_METHOD, QFTConfig
 from .names import conversions_apart_from, conversions_to_revert, parameters_of, saved_as
@@ -84,7 +84,11 @@ class QFTQuantizer(HfQuantizer):
     def _assembly(self) -> WeightConverter:
         return WeightConverter(list(PATTERNS), r"\.weight", [_Assemble(self)])
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        if self.quantization_config.experts_apart:
+            weight_conversions = with_experts_apart(weight_conversions)
         # the first that fits a name converts it: parts are ours
         conversions = [*self.get_weight_conversions(), *weight_conversions]
         if self._loading is not None:
@@ -105,7 +109,7 @@ class QFTQuantizer(HfQuantizer):
     def _check_names(self, model: Any) -> None:
         codes = {name: part_names(name)[0] for name in int8_names(model)}
         saved = saved_as(codes.values(), model._weight_conversions)
-        loading = [self._assembly(), *get_model_conversion_mapping(model)]
+        loading = [self._assembly(), *conversions_of(model)]
         found = parameters_of(saved.values(), model, loading)
         lost = [name for name, part in codes.items() if found[saved[part]] != ([name], rf"\.{PARTS[0]}$")]
         if lost:
@@ -118,6 +122,10 @@ class QFTQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.quantization_config.experts_apart:
+            from defuser import convert_model
+
+            convert_model(model)
         self._int8 = frozenset(f"{name}.weight" for name in int8_modules(model, self.quantization_config))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         if self.pre_quantized and checkpoint_files is not None:

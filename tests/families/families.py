@@ -185,6 +185,7 @@ FAMILIES = {
         declared={"dynamic": {r"+:.*down_proj": {"bits": 8}, r"+:.*up_proj": {"bits": 3}, r"-:.*v_proj": {}}},
     ),
     "Llama, no g_idx": replace(_LLAMA, edit=without_order),
+    "Llama, of AutoRound (signed scales)": replace(_LLAMA, packing={"signed": True}),
     "Llama, quantize_config.json": replace(_LLAMA, edit=legacy_config),
     "Llama, as a classifier": replace(_LLAMA, task_type="SEQ_CLS", loaded_as="LlamaForSequenceClassification"),
     "Llama, without a head": replace(_LLAMA, task_type="FEATURE_EXTRACTION", loaded_as="LlamaModel"),

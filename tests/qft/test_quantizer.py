@@ -98,6 +98,7 @@ assert "transformers.trainer" not in sys.modules and "gptqmodel" not in sys.modu
             "outlier_ratio": 0.01,
             "embeddings": False,
             "modules_to_not_convert": None,
+            "experts_apart": False,
         }
 
     def test_registering_twice_changes_nothing(self):
