@@ -27,11 +27,11 @@ test-conformance: .venv-conformance/.ready
 test-ecosystem: .venv-ecosystem/.ready
 	HF_DATASETS_OFFLINE=1 .venv-ecosystem/bin/python -m pytest tests/ecosystem
 
-# the newest versions (constraints.txt), then the oldest (constraints-oldest.txt); prints what is supported
-test-matrix: $(VENV)/.ready .venv-oldest/.ready
-	$(BIN)/python -m pytest $(MATRIX) --support-table .cache/newest.json
-	.venv-oldest/bin/python -m pytest $(MATRIX) --support-table .cache/oldest.json
-	$(BIN)/python tests/matrix/support_table.py .cache/newest.json .cache/oldest.json
+# the oldest versions (constraints-oldest.txt), then the newest (constraints-newest.txt); prints what is supported
+test-matrix: $(VENV)/.ready .venv-oldest/.ready .venv-newest/.ready
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(MATRIX) --support-table .cache/oldest.json
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(MATRIX) --support-table .cache/newest.json
+	$(BIN)/python tests/matrix/support_table.py .cache/oldest.json .cache/newest.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -67,12 +67,12 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	.venv-ecosystem/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[ecosystem]'
 	touch $@
 
-.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[test]'
-	.venv-oldest/bin/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
+.venv-oldest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -c constraints-$*.txt torch setuptools wheel
+	.venv-$*/bin/pip install -q -c constraints-$*.txt --no-build-isolation -e '.[test]'
+	.venv-$*/bin/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-conformance .venv-ecosystem .venv-oldest .cache build dist
+	rm -rf $(VENV) .venv-conformance .venv-ecosystem .venv-oldest .venv-newest .cache build dist

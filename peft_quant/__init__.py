@@ -6,7 +6,7 @@ Importing this package registers its methods with PEFT; use them through `get_pe
 from typing import TYPE_CHECKING, Any
 
 from .compat import __version__ as __version__
-from .compat import is_command_line, require_supported_peft
+from .compat import is_command_line, require_supported_peft, warn_of_untested_versions
 
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def register_methods() -> None:
         ImportError: another version of PEFT than this package was tested with.
     """
     require_supported_peft()
+    warn_of_untested_versions()
     from . import gptq, qft, report  # noqa: F401
     from .gptq.loading import GPTQCheckpointQuantizer
     from .registry import replace_quantizer

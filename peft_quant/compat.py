@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
+import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.version import Version
@@ -12,6 +13,14 @@ from packaging.version import Version
 __version__ = "0.1.0"
 
 PEFT_SUPPORTED = ("0.20.0", "0.22.0")
+NEWEST_TESTED = {
+    "accelerate": "1.15",
+    "gptqmodel": "7.7",
+    "optimum": "2.3",
+    "torch": "2.14",
+    "transformers": "5.24",
+}
+"""Of what is installed beside PEFT: newer patch releases count as tested."""
 
 
 def require_supported_peft() -> None:
@@ -22,6 +31,24 @@ def require_supported_peft() -> None:
         raise ImportError(
             f"peft_quant needs peft >= {oldest}, < {too_new}, found {installed}: "
             f'`pip install "peft>={oldest},<{too_new}"`.'
+        )
+
+
+def warn_of_untested_versions() -> None:
+    """Warn of installed packages that are newer than those this package was tested with."""
+    newer = []
+    for package, newest in NEWEST_TESTED.items():
+        try:
+            installed = Version(version(package))
+        except PackageNotFoundError:
+            continue
+        if installed.release[:2] > Version(newest).release:
+            newer.append(f"{package} {installed} (tested up to {newest})")
+    if newer:
+        warnings.warn(
+            f"peft_quant {__version__} was not tested with {', '.join(newer)}: if something fails, install the tested "
+            "versions, or a newer peft_quant.",
+            stacklevel=3,
         )
 
 

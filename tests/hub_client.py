@@ -1,5 +1,8 @@
-"""This process as a client of a hub on loopback."""
+"""Clients of a hub on loopback: this process, and others."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import huggingface_hub
@@ -25,3 +28,19 @@ def client(hub, home, storage="lfs"):
         patch.setenv("HF_TOKEN", "hf_user")
         patch.setenv("HF_XET_CACHE", str(home / "xet"))
         yield endpoint
+
+
+def fresh_client(endpoint, tmp_path):
+    """The environment of a process that is the hub's client."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+
+
+def run(code, environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )

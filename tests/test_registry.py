@@ -4,6 +4,8 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
@@ -11,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import peft_quant
 from peft_quant import registry
+from peft_quant.compat import NEWEST_TESTED, warn_of_untested_versions
 
 
 def test_the_member_is_a_real_one():
@@ -53,6 +56,35 @@ def test_only_tested_versions_of_peft_are_accepted(monkeypatch, installed, accep
     else:
         with pytest.raises(ImportError, match=f"found {installed}"):
             peft_quant.require_supported_peft()
+
+
+@pytest.mark.parametrize(
+    ("package", "installed", "warned"),
+    (
+        ("torch", "2.14.3+cu130", False),
+        ("torch", "2.15.0.dev20261101", True),
+        ("gptqmodel", "7.8.0", True),
+        ("gptqmodel", None, False),
+        ("transformers", "6.0.0", True),
+        ("transformers", "5.24.9", False),
+    ),
+)
+def test_versions_newer_than_tested_are_warned_of(monkeypatch, package, installed, warned):
+    def version(name):
+        if name == package and installed is None:
+            raise PackageNotFoundError(name)
+        return installed if name == package else NEWEST_TESTED[name]
+
+    monkeypatch.setattr("peft_quant.compat.version", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_untested_versions()
+    messages = [str(warning.message) for warning in caught]
+    if warned:
+        (message,) = messages
+        assert f"not tested with {package} {installed} (tested up to {NEWEST_TESTED[package]})" in message
+    else:
+        assert not messages
 
 
 CONFIGS = (peft_quant.PEQAConfig, peft_quant.LRECConfig)

@@ -1,12 +1,9 @@
 """Models and adapters by Hub id, through the real client, against a server on loopback."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from gptq_models import load, tiny_config
+from hub_client import fresh_client, run
 from hub_server import serve
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -24,21 +21,6 @@ def hub(checkpoint, tmp_path):
     tuned.save_pretrained(adapter)
     with serve({"user/base": checkpoint, "user/adapter": adapter}) as endpoint:
         yield fresh_client(endpoint, tmp_path), tuned
-
-
-def fresh_client(endpoint, tmp_path):
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-
-
-def run(code, environment, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 LOAD = """

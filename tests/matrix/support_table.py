@@ -1,4 +1,4 @@
-"""Prints the tables of what is supported, from what `pytest tests/matrix tests/families --support-table FILE` recorded.
+"""Prints the tables of what is supported, from what `pytest --support-table FILE` recorded.
 
 python tests/matrix/support_table.py FILE [FILE ...]
 """
@@ -48,14 +48,14 @@ def operations(runs):
 
 
 def families(run):
-    """Families of checkpoints by what users do with them."""
+    """Families of checkpoints by what users do with them, in one run."""
     found = defaultdict(dict)
     for file, test, outcome in run["outcomes"]:
         name, family = split(test)
         if file == "test_families.py":
             found[family][name] = outcome
     yield [f"checkpoint ({run['versions']})", *COLUMNS]
-    for family, outcomes in found.items():
+    for family, outcomes in sorted(found.items()):
         cells = []
         for tests in COLUMNS.values():
             seen = {outcomes.get(test, "not run") for test in tests} - {"skipped"}
@@ -65,7 +65,7 @@ def families(run):
 
 def main(files):
     runs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
-    for table in (operations(runs), *map(families, runs)):
+    for table in (operations(runs), families(runs[-1])):
         for number, row in enumerate(table):
             print("| " + " | ".join(row) + " |")
             if number == 0:

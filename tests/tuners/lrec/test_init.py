@@ -305,7 +305,7 @@ class TestFloatModel:
         without_head = LlamaModel(tiny_config())
         without_head.load_state_dict(float_llama().model.state_dict())
         without_head.save_pretrained(tmp_path / "base")
-        assert "layers.0.mlp.up_proj.weight" in Checkpoint.open(tmp_path / "base").shards
+        assert "layers.0.mlp.up_proj.weight" in Checkpoint.open(tmp_path / "base").tensors
         results = []
         for source in (str(float_checkpoint), tmp_path / "sharded", tmp_path / "base", float_llama(), without_head):
             model = adapt(load(checkpoint))
@@ -325,8 +325,8 @@ class TestFloatModel:
             alive.append(weakref.ref(result))
             return result
 
-        monkeypatch.setattr(Checkpoint, "tensor", spy)
         model = adapt(model)
+        monkeypatch.setattr(Checkpoint, "tensor", spy)
         initialize_lrec_weights(model, float_checkpoint, "whitened", [tokens(8)])
         assert sorted(read) == sorted(f"{name}.weight" for name in layers(model))
 
