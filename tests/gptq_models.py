@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,8 +23,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_quant.ops.packing import pack_rows, pack_zeros
+
+
+needs_native_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"to change the adapters of a bare model, this transformers asks for PEFT {MIN_PEFT_VERSION}",
+)
 
 
 @dataclass(frozen=True)

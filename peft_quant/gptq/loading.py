@@ -53,6 +53,8 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint_files: tuple[Path, ...] = ()
         self._without_order: dict[str, int] = {}
+        self._experts_apart = False
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
@@ -67,6 +69,8 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
             return
         self._take_stored_config(self.checkpoint_files[0].parent)
         names = self._layers_of(model, stored_layers)
+        self._experts_apart = has_experts_apart(model)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         kernel = self._kernels(device_map)
         for stored, name in names.items():
             packed = _make_layer(model.get_submodule(name), name, stored, tensors, self.optimum_quantizer, kernel)
@@ -133,15 +137,18 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
         patterns: Any = model._keys_to_ignore_on_load_missing
         model._keys_to_ignore_on_load_missing = [*(patterns or []), r"\.g_idx$"]  # of this model alone
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if has_experts_apart(model):
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # from 5.23 on
+        if self._experts_apart:
             weight_conversions = with_experts_apart(weight_conversions)
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, size in self._without_order.items():
             g_idx: Any = model.get_submodule(name).g_idx
             g_idx.copy_(torch.arange(g_idx.numel(), device=g_idx.device) // size)
+        for name, parameter in model.named_parameters():  # transformers before 5.23 leaves renamed ones as in the file
+            if parameter.dtype in (torch.float16, torch.bfloat16) and name in self._dtypes:
+                parameter.data = parameter.data.to(self._dtypes[name])
         super()._process_model_after_weight_loading(model, **kwargs)
 
 

@@ -85,7 +85,9 @@ class QFTQuantizer(HfQuantizer):
         return WeightConverter(list(PATTERNS), r"\.weight", [_Assemble(self)])
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+        self,
+        weight_conversions: list[WeightTransform],
+        *_: PreTrainedModel,  # from transformers 5.23 on
     ) -> list[WeightTransform]:
         if self.quantization_config.experts_apart:
             weight_conversions = with_experts_apart(weight_conversions)

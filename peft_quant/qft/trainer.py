@@ -406,8 +406,8 @@ def _check_model(model: Any) -> None:
         )
     if not hasattr(model, "hf_quantizer"):
         raise ValueError(
-            f"{type(model).__name__} is not a model of transformers, which is what QFTTrainer saves and loads. Train "
-            "it with QuantizedLion in a loop of your own."
+            f"{type(model).__name__} was not put into int8 by `quantize_model` or `from_pretrained` of transformers' "
+            "models, which is what QFTTrainer saves and loads. Train it with QuantizedLion in a loop of your own."
         )
 
 

@@ -11,6 +11,7 @@ from gptq_models import (
     assert_loaded,
     forget_files,
     load,
+    needs_native_adapters,
     save_tiny_llama,
     saved_for_backward,
     tiny_config,
@@ -478,6 +479,7 @@ class TestBesidePEQA:
 
 
 class TestTransformersNative:
+    @needs_native_adapters
     def test_add_load_switch_delete(self, tuned, checkpoint, tmp_path, input_ids):
         tuned.save_pretrained(tmp_path)
         model = load(checkpoint)

@@ -5,7 +5,15 @@ import shutil
 
 import pytest
 import torch
-from gptq_models import DENSE_BYTES, PlainMLP, forget_files, load, save_tiny_llama, saved_for_backward
+from gptq_models import (
+    DENSE_BYTES,
+    PlainMLP,
+    forget_files,
+    load,
+    needs_native_adapters,
+    save_tiny_llama,
+    saved_for_backward,
+)
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -486,6 +494,7 @@ class TestMergeOfSeveral:
 
 
 class TestTransformersNative:
+    @needs_native_adapters
     def test_add_load_switch_delete(self, tuned, checkpoint, tmp_path, input_ids):
         expected = logits(tuned, input_ids)
         tuned.save_pretrained(tmp_path)
