@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-MATRIX = tests/matrix tests/families tests/tuners tests/gptq tests/qft tests/integration tests/test_registry.py
+MATRIX = $(addprefix tests/,matrix families tuners gptq qft export trainers integration test_registry.py)
 
 .PHONY: bench demo docs test test-conformance test-ecosystem test-matrix lint format clean
 

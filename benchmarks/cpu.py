@@ -20,7 +20,7 @@ from record import append
 from torch import nn
 
 from peft_quant import ops
-from peft_quant.ops.packing import pack_zeros
+from peft_quant.ops.packed.packing import pack_zeros
 
 
 try:

@@ -21,7 +21,7 @@ from record import append, versions
 from torch import nn
 
 from peft_quant import Int8Weight
-from peft_quant.ops import IGNORED, distillation_loss, top_k
+from peft_quant.trainers.distillation.loss import IGNORED, distillation_loss, top_k
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_quant.ops.packing import pack_zeros
+from peft_quant.ops.packed.packing import pack_zeros
 
 
 SHAPES = {

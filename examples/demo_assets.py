@@ -31,9 +31,9 @@ from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_quant.gptq.checkpoint import new_directory
-from peft_quant.gptq.finished_layers import state_beside
+from peft_quant.files import new_directory
 from peft_quant.gptq.quantize import quantize_checkpoint
+from peft_quant.gptq.quantize_resume import state_beside
 
 
 CACHE = Path(".cache/assets")

@@ -13,7 +13,7 @@ from stages import digest
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 @dataclass

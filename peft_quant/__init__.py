@@ -10,19 +10,25 @@ from .compat import is_command_line, require_supported_peft, warn_of_untested_ve
 
 
 if TYPE_CHECKING:
-    from .callbacks import ReportCallback
     from .estimate import estimate_memory
+    from .export.card import write_model_card
+    from .export.int8 import export_qft
+    from .export.lora import export_lora
+    from .export.merge import merge_checkpoint
+    from .first_step import TrainingError
     from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
     from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
-    from .proof import TrainingError
-    from .qft import Int8Weight, QFTConfig, QuantizedLion, export_qft, quantize_model
-    from .qft.trainer import QFTArguments, QFTMixin, QFTTrainer
-    from .report import plot_layer_changes, plot_layer_errors, write_model_card
+    from .plots.layer_changes import plot_layer_changes
+    from .plots.layer_errors import plot_layer_errors
+    from .qft import Int8Weight, QFTConfig, QuantizedLion, quantize_model
+    from .trainers.distillation.teacher import cache_teacher
+    from .trainers.distillation.trainer import LRECTrainer, LRECTrainingArguments
+    from .trainers.qft import QFTArguments, QFTMixin, QFTTrainer
+    from .trainers.report.callback import ReportCallback
     from .tuners.hotswap import hotswap_adapter
-    from .tuners.lrec import LRECConfig, LRECModel, export_lora, initialize_lrec_weights
-    from .tuners.lrec.correction import LRECTrainer, LRECTrainingArguments
-    from .tuners.lrec.teacher import cache_teacher
-    from .tuners.peqa import PEQAConfig, PEQAModel, merge_checkpoint
+    from .tuners.lrec import LRECConfig, LRECModel
+    from .tuners.lrec.initialization.initialize import initialize_lrec_weights
+    from .tuners.peqa import PEQAConfig, PEQAModel
 
 __all__ = [
     "Int8Weight",
@@ -66,34 +72,34 @@ _LAZY = {
     "InvalidCheckpointError": "gptq",
     "LRECConfig": "tuners.lrec",
     "LRECModel": "tuners.lrec",
-    "LRECTrainer": "tuners.lrec.correction",
-    "LRECTrainingArguments": "tuners.lrec.correction",
+    "LRECTrainer": "trainers.distillation.trainer",
+    "LRECTrainingArguments": "trainers.distillation.trainer",
     "PEQAConfig": "tuners.peqa",
     "PEQAModel": "tuners.peqa",
-    "QFTArguments": "qft.trainer",
+    "QFTArguments": "trainers.qft",
     "QFTConfig": "qft",
-    "QFTMixin": "qft.trainer",
-    "QFTTrainer": "qft.trainer",
+    "QFTMixin": "trainers.qft",
+    "QFTTrainer": "trainers.qft",
     "QuantizedLion": "qft",
     "RepackedLayerError": "gptq",
-    "ReportCallback": "callbacks",
-    "TrainingError": "proof",
-    "cache_teacher": "tuners.lrec.teacher",
+    "ReportCallback": "trainers.report.callback",
+    "TrainingError": "first_step",
+    "cache_teacher": "trainers.distillation.teacher",
     "compare_adapters": "inspection",
     "estimate_memory": "estimate",
-    "export_lora": "tuners.lrec",
-    "export_qft": "qft",
+    "export_lora": "export.lora",
+    "export_qft": "export.int8",
     "hotswap_adapter": "tuners.hotswap",
-    "initialize_lrec_weights": "tuners.lrec",
+    "initialize_lrec_weights": "tuners.lrec.initialization.initialize",
     "inspect_adapter": "inspection",
     "inspect_checkpoint": "inspection",
-    "merge_checkpoint": "tuners.peqa",
-    "plot_layer_changes": "report",
-    "plot_layer_errors": "report",
+    "merge_checkpoint": "export.merge",
+    "plot_layer_changes": "plots.layer_changes",
+    "plot_layer_errors": "plots.layer_errors",
     "prepare_gptq_for_training": "gptq",
     "quantize_model": "qft",
     "restore_gptq_forward": "gptq",
-    "write_model_card": "report",
+    "write_model_card": "export.card",
 }
 
 
@@ -119,11 +125,12 @@ def register_methods() -> None:
     """
     require_supported_peft()
     warn_of_untested_versions()
-    from . import gptq, qft, report  # noqa: F401
+    from . import gptq, qft  # noqa: F401
     from .gptq.loading import GPTQCheckpointQuantizer
     from .registry import replace_quantizer
 
     replace_quantizer("gptq", GPTQCheckpointQuantizer)
+    from .export import card_hooks  # noqa: F401
     from .tuners import hotswap, lrec, peqa  # noqa: F401
 
 

@@ -12,44 +12,27 @@ import peft_quant
 
 ROOT = Path(peft_quant.__file__).parent
 
-# what the modules of a package may import: packages of ours, and which others are forbidden at module level
-ALLOWED = {
-    "ops": {"ops"},
-    "gptq": {"gptq", "ops"},
-    "qft": {"qft", "gptq", "ops", "registry", "report", "proof", "resume"},
-    "tuners": {"tuners", "gptq", "ops", "registry", "report", "compat", "proof"},
-    "report": {"report", "gptq"},
-    "inspection": {"inspection", "gptq", "ops", "report"},
-    "callbacks": {"inspection", "gptq", "proof", "qft", "report", "tuners"},
-    "estimate": {"estimate", "tuners", "qft", "gptq", "ops", "report"},
-    "registry": set(),
-    "compat": set(),
-    "proof": set(),
-    "text": set(),
-    "perplexity": set(),
-    "loading": {"gptq"},
-    "resume": set(),
-    "cli": {"cli", "compat"},
-    "__main__": {"cli"},
-}
+# a module imports from its own room and from floors below it
+FLOORS = (
+    {"compat", "files", "first_step", "module_names", "registry", "tables"},
+    {"ops"},
+    {"gptq"},
+    {"evaluation", "inspection", "qft", "tuners"},
+    {"estimate", "export", "plots"},
+    {"trainers"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # what a command does is imported when it is run, so that `--help` answers at once
 LIGHT = {"__future__", "typer", *sys.stdlib_module_names}
+LAZY = {"auto_gptq", "bitsandbytes", "datasets", "gptqmodel", "matplotlib", "optimum", "triton"}
 FORBIDDEN = {
-    "ops": {"peft", "transformers", "accelerate", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "gptq": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "qft": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "tuners": {"gptqmodel", "optimum", "auto_gptq", "triton"},
-    "report": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
-    "inspection": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
-    "callbacks": {"gptqmodel", "optimum", "auto_gptq", "triton", "matplotlib"},
-    "estimate": {"gptqmodel", "optimum", "auto_gptq", "triton", "bitsandbytes"},
-    "registry": {"gptqmodel", "optimum", "auto_gptq", "triton"},
-    "compat": {"gptqmodel", "optimum", "auto_gptq", "triton"},
-    "proof": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "text": {"datasets", "peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "perplexity": {"peft", "transformers", "gptqmodel", "optimum", "auto_gptq", "triton"},
-    "loading": {"gptqmodel", "optimum", "auto_gptq", "triton"},
-    "resume": {"peft", "gptqmodel", "optimum", "auto_gptq", "triton"},
+    "ops": {"peft", "transformers"},
+    "gptq": {"peft"},
+    "qft": {"peft"},
+    "inspection": {"peft", "transformers"},
+    "plots": {"peft", "transformers"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
 
@@ -76,11 +59,23 @@ def test_imports_run_one_way(path):
         top, *rest = module.split(".")
         if top == "peft_quant":
             assert rest, f"{path} imports the whole package"
-            assert rest[0] in ALLOWED[room], f"{path} imports {module}"
+            assert rest[0] == room or FLOOR[rest[0]] < FLOOR[room], f"{path} imports {module}"
         elif room in ("cli", "__main__"):
             assert top in LIGHT, f"{path} imports {module}"
         elif not path.name.endswith("triton.py"):
-            assert top not in FORBIDDEN[room], f"{path} imports {module}"
+            assert top not in LAZY | FORBIDDEN.get(room, set()), f"{path} imports {module}"
+
+
+def test_only_trainers_import_the_trainer():
+    for path in FILES:
+        names = [
+            alias.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("transformers")
+            for alias in node.names
+        ]
+        if path.relative_to(ROOT).parts[0] != "trainers":
+            assert not {"Trainer", "TrainingArguments", "TrainerCallback"} & set(names), path
 
 
 def test_importing_is_light():

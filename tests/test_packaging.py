@@ -19,7 +19,7 @@ VERSION = peft_quant.__version__
 # what is no module
 DATA = {
     "peft_quant/py.typed",
-    "peft_quant/report/training_report.html",
+    "peft_quant/trainers/report/page.html",
     *(f"peft_quant/hub_cards/{card.name}" for card in (ROOT / "hub_cards").glob("*.md")),
 }
 MODULES = {str(file.relative_to(ROOT)) for file in (ROOT / "peft_quant").rglob("*.py")}

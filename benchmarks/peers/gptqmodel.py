@@ -12,7 +12,7 @@ from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from random_llama import PackedLinear, make_llama
 from torch import nn
 
-from peft_quant.ops.packing import pack_zeros
+from peft_quant.ops.packed.packing import pack_zeros
 
 from .lora import add_lora
 

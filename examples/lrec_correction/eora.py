@@ -9,8 +9,8 @@ import torch
 from gptqmodel.eora.eora import eora_compute_lora
 from peft import PeftModel
 
-from peft_quant.tuners.lrec.calibration import covariances
-from peft_quant.tuners.lrec.float_weights import FloatWeights
+from peft_quant.tuners.lrec.initialization.calibration import covariances
+from peft_quant.tuners.lrec.initialization.float_weights import FloatWeights
 from peft_quant.tuners.lrec.layer import LRECLinear
 
 

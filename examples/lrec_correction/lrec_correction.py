@@ -37,8 +37,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
 
 import peft_quant
-from peft_quant.loading import load_model
-from peft_quant.gptq.finished_layers import state_beside
+from peft_quant.evaluation.loading import load_model
+from peft_quant.gptq.quantize_resume import state_beside
 from peft_quant.gptq.quantize import quantize_checkpoint
 
 

@@ -49,7 +49,7 @@ from transformers.utils.import_utils import is_serve_available
 from tuning import Settings, tune
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 HEALTHY_WITHIN = 120  # seconds

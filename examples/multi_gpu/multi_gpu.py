@@ -49,7 +49,7 @@ from transformers import (
 from transformers.utils import is_torch_greater_or_equal
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 METHODS = {"peqa": peft_quant.PEQAConfig, "lrec": peft_quant.LRECConfig}

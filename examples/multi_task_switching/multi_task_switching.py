@@ -41,7 +41,7 @@ from transformers import AutoTokenizer
 from tuning import Settings, tune
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 TARGETS = ["k_proj", "v_proj"]

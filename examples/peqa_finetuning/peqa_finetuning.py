@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import Settings, tune
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 import peft_quant
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 METHODS = {"peqa": peft_quant.PEQAConfig, "lrec": peft_quant.LRECConfig}

@@ -42,7 +42,7 @@ def card(
     What you wrote in it stays, and so do facts added earlier, until the weights change.
     """
     prepare()
-    from ..report.card import write_model_card
+    from ..export.card import write_model_card
 
     others: dict[str, dict[str, float]] = {}
     for name, value in _pairs(compared_with, "--compared-with").items():

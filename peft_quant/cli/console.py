@@ -6,9 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout, suppress
-from typing import Any
 
 import typer
 
@@ -51,11 +49,3 @@ def say(text: str, *, error: bool = False) -> None:
     """Print a line, once."""
     if is_first_process():
         typer.echo(text, err=error)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as a Markdown table; floats with four digits."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        f"| {' | '.join(f'{cell:.4g}' if isinstance(cell, float) else str(cell) for cell in line)} |" for line in lines
-    )

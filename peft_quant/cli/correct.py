@@ -79,7 +79,7 @@ def correct(
     from transformers import default_data_collator, set_seed
 
     from .. import LRECConfig, LRECTrainer, LRECTrainingArguments
-    from ..loading import load_model, load_tokenizer
+    from ..evaluation.loading import load_model, load_tokenizer
 
     of_config, of_arguments = parse_fields(ctx, LRECConfig, LRECTrainingArguments)
     arguments = make_arguments(LRECTrainingArguments, of_arguments, output, push_to_hub)
@@ -143,8 +143,8 @@ def _start(model: Any, lrec: Any, start: Start, teacher: str, windows: Any, cali
     from peft import get_peft_model
 
     from .. import initialize_lrec_weights, plot_layer_errors
-    from ..gptq.checkpoint import new_directory
-    from ..text import spread
+    from ..evaluation.text import spread
+    from ..files import new_directory
 
     student = get_peft_model(model, lrec)
     with new_directory(out) as directory:
@@ -160,7 +160,7 @@ def _start(model: Any, lrec: Any, start: Start, teacher: str, windows: Any, cali
 
 
 def _is_complete(cache: Path) -> bool:
-    from ..tuners.lrec.teacher import CachedTeacher
+    from ..trainers.distillation.teacher import CachedTeacher
 
     try:
         CachedTeacher(cache)

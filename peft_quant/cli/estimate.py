@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .console import prepare, say, table
+from ..tables import markdown_table
+from .console import prepare, say
 from .options import Config
 
 
@@ -101,4 +102,4 @@ def estimate(
         columns[f"{name}, {counted.bits} bits"] = column
     kinds = [*KINDS, "not at the peak", "peak", "largest batch"]
     rows = [[kind, *(column.get(kind, "") for column in columns.values())] for kind in kinds]
-    say(table([f"GB, {batch} x {sequence} tokens", *columns], [row for row in rows if any(row[1:])]))
+    say(markdown_table([f"GB, {batch} x {sequence} tokens", *columns], [row for row in rows if any(row[1:])]))

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import prepare, say, table
+from ..tables import markdown_table
+from .console import prepare, say
 from .options import TEXTS, Column, Config
 
 
@@ -50,9 +51,9 @@ def evaluate(
     prepare()
     import torch
 
-    from ..loading import load_model, load_tokenizer
-    from ..perplexity import perplexity
-    from ..text import read_texts, token_windows
+    from ..evaluation.loading import load_model, load_tokenizer
+    from ..evaluation.perplexity import perplexity
+    from ..evaluation.text import read_texts, token_windows
 
     torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
     dtypes = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -69,4 +70,4 @@ def evaluate(
     if as_json:
         say(json.dumps({"data": data, "sequence_length": sequence_length, "results": rows}, indent=2))
     else:
-        say(table(["model", "dtype", "perplexity", "tokens"], [[*row.values()] for row in rows]))
+        say(markdown_table(["model", "dtype", "perplexity", "tokens"], [[*row.values()] for row in rows]))

@@ -23,7 +23,7 @@ def merge(
 ) -> None:
     """Merge a PEQA adapter into its GPTQ checkpoint."""
     prepare()
-    from ..tuners.peqa.merge import plan_merge
+    from ..export.merge import plan_merge
 
     plan = plan_merge(base, adapter, out)
     changed = f"{len(plan.deltas)} scales"
@@ -41,7 +41,7 @@ def merge(
     if push_to_hub:
         from huggingface_hub import create_repo, upload_folder
 
-        from ..report.card import write_model_card
+        from ..export.card import write_model_card
 
         repository = create_repo(push_to_hub, exist_ok=True).repo_id
         write_model_card(out, repository=repository)

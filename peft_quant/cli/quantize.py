@@ -47,11 +47,11 @@ def quantize(
     prepare()
     import torch
 
-    from ..gptq.checkpoint import refuse_existing
-    from ..gptq.finished_layers import count_finished, state_beside
+    from ..evaluation.loading import load_tokenizer
+    from ..evaluation.text import read_texts, token_windows
+    from ..files import refuse_existing
     from ..gptq.quantize import quantize_checkpoint
-    from ..loading import load_tokenizer
-    from ..text import read_texts, token_windows
+    from ..gptq.quantize_resume import count_finished, state_beside
 
     refuse_existing(out)
     state = state_beside(out)

@@ -65,7 +65,7 @@ def train(
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
     from .. import LRECConfig, PEQAConfig, QFTArguments, QFTConfig, QFTTrainer
-    from ..loading import load_tokenizer
+    from ..evaluation.loading import load_tokenizer
 
     config_class, arguments_class, trainer_class = {
         Method.peqa: (PEQAConfig, TrainingArguments, Trainer),
@@ -103,7 +103,7 @@ def train(
 def _with_adapter(model: str, config: Any, arguments: Any) -> Any:
     from peft import get_peft_model
 
-    from ..loading import load_model, quantization_of
+    from ..evaluation.loading import load_model, quantization_of
 
     method = quantization_of(model)
     if method != "gptq":
@@ -119,7 +119,7 @@ def _in_int8(model: str, config: Any, arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from .. import quantize_model
-    from ..loading import load_model, quantization_of
+    from ..evaluation.loading import load_model, quantization_of
 
     method = quantization_of(model)
     if method == "gptq":

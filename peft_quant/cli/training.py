@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import is_first_process, say, table
+from ..tables import markdown_table
+from .console import is_first_process, say
 from .options import TEXTS
 
 
@@ -43,7 +44,7 @@ def open_output(output: Path, resume: bool) -> str | None:
         FileExistsError: there is something in the directory, and it is not to be resumed.
         FileNotFoundError: there is nothing to resume.
     """
-    from ..resume import last_complete_checkpoint
+    from ..trainers.interrupt import last_complete_checkpoint
 
     if not resume:
         if output.exists() and any(output.iterdir()):
@@ -77,7 +78,7 @@ def read_windows(
     sequence_length: int,
 ) -> tuple[Dataset, Dataset | None]:
     """Windows to train on, and those to measure perplexity on, if there are to be any."""
-    from ..text import read_texts, spread, token_windows
+    from ..evaluation.text import read_texts, spread, token_windows
 
     with arguments.main_process_first(desc="reading the text"):
         windows = token_windows(read_texts(data, column, split), tokenizer, sequence_length)
@@ -102,7 +103,7 @@ def measure(model: Any, arguments: TrainingArguments, windows: Dataset | None, w
     import torch
     from accelerate.utils import extract_model_from_parallel
 
-    from ..perplexity import perplexity
+    from ..evaluation.perplexity import perplexity
 
     return perplexity(
         extract_model_from_parallel(model, keep_fp32_wrapper=False),
@@ -118,7 +119,7 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
     Raises:
         KeyboardInterrupt: after Ctrl-C, once there is a checkpoint.
     """
-    from ..resume import SaveOnInterrupt
+    from ..trainers.interrupt import SaveOnInterrupt
 
     _report(trainer)
     interrupt = SaveOnInterrupt(trainer)
@@ -161,7 +162,7 @@ def finish(
     text = str(_without_directory(eval_data or data)) + ("" if eval_data else ", held-out part")
     measured = {name: round(value, 4) for name, value in rows.items() if value is not None}
     if is_first_process():
-        from ..report.card import write_model_card
+        from ..export.card import write_model_card
 
         shown = {name: _without_directory(value) for name, value in options.items()}
         words = [f"--{name} {shlex.quote(_as_text(value))}" for name, value in shown.items()]
@@ -175,7 +176,7 @@ def finish(
             compared_with={name: {text: measured[name]} for name in others if name in measured},
         )
     if measured:
-        say(table(["model", f"perplexity, {text}"], measured.items()))
+        say(markdown_table(["model", f"perplexity, {text}"], measured.items()))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         say(f"pushed to {trainer.hub_model_id}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ..report.memory import MemoryReport, MemoryRow
 from .count import (
     ACTIVATIONS,
     ADAPTER,
@@ -24,6 +23,7 @@ from .count import (
     Amounts,
     total_bytes,
 )
+from .report import MemoryReport, MemoryRow
 from .subject import AFTER_BACKWARD, METHODS, OPTIMIZERS, Subject
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..ops.packing import SUPPORTED_BITS, WORD_BITS
+from ..ops.packed.packing import SUPPORTED_BITS, WORD_BITS
 from ..qft import Int8Weight
 
 

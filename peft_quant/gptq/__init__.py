@@ -1,8 +1,7 @@
 """The packed format: GPTQ layers and checkpoints, read by what their tensors say."""
 
 from .check import InvalidCheckpointError, PackedTensors
-from .training import prepare_gptq_for_training, restore_gptq_forward
-from .view import (
+from .layer import (
     PackedFormat,
     RepackedLayerError,
     dequantize,
@@ -12,6 +11,7 @@ from .view import (
     packed_tensors,
     read_format,
 )
+from .prepare import prepare_gptq_for_training, restore_gptq_forward
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 from .check import PackedTensors
 from .checkpoint import Checkpoint
 from .fingerprint import checkpoint_digest, fingerprint, in_parallel, is_sampled, layer_digest
-from .view import PackedFormat, tensor_format
+from .layer import PackedFormat, tensor_format
 from .zero_points import declared_format, stored_zero_offset
 
 

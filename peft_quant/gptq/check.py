@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.packing import SUPPORTED_BITS, WORD_BITS
+from ..ops.packed.packing import SUPPORTED_BITS, WORD_BITS
 
 
 class PackedTensors(NamedTuple):

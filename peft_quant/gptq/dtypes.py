@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .view import PackedFormat, packed_tensors
+from .layer import PackedFormat, packed_tensors
 
 
 Apply = Callable[[torch.Tensor], torch.Tensor]

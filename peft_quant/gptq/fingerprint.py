@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..ops.packing import WORD_BITS, convert_zeros
+from ..ops.packed.packing import WORD_BITS, convert_zeros
 from .check import PackedTensors
 from .checkpoint import read_tensors
 

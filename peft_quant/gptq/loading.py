@@ -20,12 +20,12 @@ from transformers import GPTQConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from ..ops.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
+from ..ops.packed.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
 from .check import InvalidCheckpointError
 from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
+from .layer import repacked, tensor_format, zero_offset
 from .names import has_experts_apart, loaded_names, missing_layers, with_experts_apart
 from .source import Source, packed_modules
-from .view import repacked, tensor_format, zero_offset
 from .zero_points import checkpoint_format, stored_zero_offset
 
 

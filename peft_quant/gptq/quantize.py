@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQCo
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from .checkpoint import new_directory
-from .finished_layers import kept
+from ..files import new_directory
 from .names import with_experts_apart
+from .quantize_resume import kept
 from .source import packed_modules
 from .zero_points import keep_checkpoint_format
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from .check import InvalidCheckpointError, PackedTensors
 from .checkpoint import Checkpoint
 from .fingerprint import checkpoint_digest, layer_digest
+from .layer import PackedFormat, is_packed
 from .names import loaded_names, missing_layers
-from .view import PackedFormat, is_packed
 from .zero_points import checkpoint_format, stored_zero_offset
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.packing import WORD_BITS, convert_zeros
-from .view import is_packed, packed_tensors, zero_offset
+from ..ops.packed.packing import WORD_BITS, convert_zeros
+from .layer import is_packed, packed_tensors, zero_offset
 
 
 def checkpoint_format(model: nn.Module) -> str | None:

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from ..gptq.base_record import Layers, describe_checkpoint, difference, stored_layers
 from ..gptq.checkpoint import Checkpoint, read_json, read_tensors
 from ..gptq.names import StoredNames
-from ..report.heat_map import place
-from ..report.text_table import table
+from ..module_names import natural_order, split_block
+from ..tables import bullet_list, format_number, format_value, text_table
 from .changes import LayerChange, cosine_similarities, layer_changes, split_layers
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint
-from .tables import in_order, listed, number, word
 
 
 _METHODS = {"PEQA": "PEQA adapter", "LREC": "LREC adapter", "LORA": "LoRA adapter"}
@@ -59,7 +58,7 @@ class AdapterInspection:
         base = {True: ", the one given", False: ", another one than given", None: ""}[self.fits_base]
         rows = [
             ("base", f"{self.base_name or 'not named'}{base}"),
-            *((name, word(value)) for name, value in (self.base_quantization or {}).items()),
+            *((name, format_value(value)) for name, value in (self.base_quantization or {}).items()),
             ("size", f"{self.bytes / 1e6:,.1f} MB, {self.values:,} values in {len(self.changes)} layers"),
         ]
         if self.other_values:
@@ -68,17 +67,17 @@ class AdapterInspection:
             for what in ("rank", "scaling"):
                 found = sorted({getattr(change, what) for change in self.changes})
                 rows.append((what, ", ".join(f"{value:g}" for value in found)))
-        parts = [f"{self.path}: {_METHODS[self.method]}{made}\n{table(rows, left=2)}"]
+        parts = [f"{self.path}: {_METHODS[self.method]}{made}\n{text_table(rows, left=2)}"]
         if self.changes:
             parts.append(self._module_table())
         if self.notes:
-            parts.append(listed("notes", self.notes))
+            parts.append(bullet_list("notes", self.notes))
         return "\n\n".join(parts)
 
     def _module_table(self) -> str:
         modules: dict[str, list[LayerChange]] = {}
         for change in self.changes:
-            modules.setdefault(place(change.name)[1], []).append(change)
+            modules.setdefault(split_block(change.name)[1], []).append(change)
         rows: list[tuple[str, ...]] = [
             ("module", "layers", "change: mean", "least", "most", "most in", *_further(self.changes))
         ]
@@ -94,7 +93,7 @@ class AdapterInspection:
                     *_further(self.changes, changes),
                 )
             )
-        return f"{_what(self.changes)}\n{table(rows)}"
+        return f"{_what(self.changes)}\n{text_table(rows)}"
 
     def layer_table(self) -> str:
         """A row a layer."""
@@ -105,7 +104,7 @@ class AdapterInspection:
             (change.name, f"{change.values:,}", _percent(change, _size(change)), *_further(self.changes, [change]))
             for change in self.changes
         ]
-        return f"{_what(self.changes)}\n{table(rows)}"
+        return f"{_what(self.changes)}\n{text_table(rows)}"
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,11 @@ class AdapterComparison:
         """A row a layer of either."""
         by_name = [{change.name: change for change in side.changes} for side in (self.first, self.second)]
         rows: list[tuple[str, ...]] = [("layer", "first", "second", "cosine")]
-        for name in sorted({*by_name[0], *by_name[1]}, key=in_order):
+        for name in sorted({*by_name[0], *by_name[1]}, key=natural_order):
             pair = [side.get(name) for side in by_name]
             sizes = [_percent(change, _size(change)) if change else "-" for change in pair]
-            rows.append((name, *sizes, number(self.cosines.get(name), ".3f")))
-        return table(rows)
+            rows.append((name, *sizes, format_number(self.cosines.get(name), ".3f")))
+        return text_table(rows)
 
 
 def inspect_adapter(
@@ -217,7 +216,7 @@ def _inspect(
     if of_base is not None and recorded is None:
         notes.append(f"The adapter does not record its base's fingerprint: whether it is for {base} is not known.")
     readable = None if of_base is None or differs else of_base.__getitem__
-    changes = sorted(layer_changes(tensors, config, readable), key=lambda change: in_order(change.name))
+    changes = sorted(layer_changes(tensors, config, readable), key=lambda change: natural_order(change.name))
     values = sum(tensor.numel() for tensor in tensors.values())
     unmoved = sum(change.absolute == 0 for change in changes)
     if unmoved:
@@ -289,7 +288,7 @@ def _further(changes: Sequence[LayerChange], rows: Sequence[LayerChange] = ()) -
     means = []
     for name, (_, form) in shown.items():
         known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-        means.append(number(_mean(known) if known else None, form))
+        means.append(format_number(_mean(known) if known else None, form))
     return tuple(means)
 
 

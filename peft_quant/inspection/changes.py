@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..gptq import PackedFormat, PackedTensors
-from ..gptq.view import dequantize_tensors
+from ..gptq.layer import dequantize_tensors
 from ..ops import round_scales
 
 

@@ -13,14 +13,13 @@ import torch
 from ..gptq import InvalidCheckpointError, PackedTensors
 from ..gptq.check import check_packed_tensors
 from ..gptq.checkpoint import LEGACY_CONFIG, Checkpoint
-from ..gptq.view import tensor_format
+from ..gptq.layer import tensor_format
 from ..gptq.zero_points import declared_format, stored_zero_offset
-from ..ops.packing import unpack_rows, unpack_zeros
-from ..report.engines import EngineVerdict, Packing, engine_verdicts
-from ..report.heat_map import place
-from ..report.text_table import table
+from ..module_names import natural_order, split_block
+from ..ops.packed.packing import unpack_rows, unpack_zeros
+from ..tables import bullet_list, format_number, format_value, text_table
+from .engines import EngineVerdict, Packing, engine_verdicts
 from .files import open_checkpoint, read_config
-from .tables import in_order, listed, number, word
 
 
 _PARTS = {"qweight": "packed integers", "scales": "scales", "qzeros": "zero points", "g_idx": "group indices"}
@@ -107,33 +106,36 @@ class CheckpointInspection:
     def __str__(self) -> str:
         parts = [f"{self.path}: GPTQ checkpoint"]
         rows = [("", "declared", f"found in {len(self.layers)} layers")]
-        rows += [(name, word(value), word(self.found.get(name, ""))) for name, value in self.declared.items()]
-        parts.append(table(rows if self.layers else [row[:2] for row in rows], left=3))
+        rows += [
+            (name, format_value(value), format_value(self.found.get(name, "")))
+            for name, value in self.declared.items()
+        ]
+        parts.append(text_table(rows if self.layers else [row[:2] for row in rows], left=3))
         if self.sizes:
             total = sum(self.sizes.values())
             sizes = [("tensors", "MB", "share")]
             sizes += [(part, f"{size / 1e6:,.1f}", f"{size / total:.1%}") for part, size in self.sizes.items()]
             sizes.append(("all", f"{total / 1e6:,.1f}", ""))
-            parts.append(table(sizes) + f"\n{number(self.bits_per_weight, '.2f')} bits a packed weight")
+            parts.append(text_table(sizes) + f"\n{format_number(self.bits_per_weight, '.2f')} bits a packed weight")
         if self.layers:
             modules: dict[str, list[LayerStatistics]] = {}
             for layer in self.layers:
-                modules.setdefault(place(layer.name)[1], []).append(layer)
+                modules.setdefault(split_block(layer.name)[1], []).append(layer)
             cells = [(module, str(len(layers)), *_cells(layers)) for module, layers in modules.items()]
-            parts.append(table([("module", "layers", *_COLUMNS), *cells]))
-        parts.append(table([("method", "trains it"), *self.training.items()], left=2))
-        parts.append(table([("engine", "serves it"), *((row.engine, str(row)) for row in self.engines)], left=2))
+            parts.append(text_table([("module", "layers", *_COLUMNS), *cells]))
+        parts.append(text_table([("method", "trains it"), *self.training.items()], left=2))
+        parts.append(text_table([("engine", "serves it"), *((row.engine, str(row)) for row in self.engines)], left=2))
         sources = [f"{row.engine}, on {row.checked}: {' '.join(row.sources)}" for row in self.engines]
-        parts.append(listed("where that was read", sources))
+        parts.append(bullet_list("where that was read", sources))
         if self.notes:
-            parts.append(listed("notes", self.notes))
+            parts.append(bullet_list("notes", self.notes))
         if self.errors:
-            parts.append(listed("errors", self.errors))
+            parts.append(bullet_list("errors", self.errors))
         return "\n\n".join(parts)
 
     def layer_table(self) -> str:
         """A row a layer."""
-        return table([("layer", *_COLUMNS), *((layer.name, *_cells([layer])) for layer in self.layers)])
+        return text_table([("layer", *_COLUMNS), *((layer.name, *_cells([layer])) for layer in self.layers)])
 
 
 _COLUMNS = ("bits", "group", "act-order", "K x N", "zero points", "scales", "saturated codes", "dead scales")
@@ -147,9 +149,9 @@ def _cells(layers: Sequence[LayerStatistics]) -> tuple[str, ...]:
     codes = [layer.in_features * layer.out_features for layer in layers]
     saturated = sum(layer.saturated * count for layer, count in zip(layers, codes)) / sum(codes)
     return (
-        word(_summary(layer.bits for layer in layers)),
-        word(_summary(layer.group_size or 0 for layer in layers)),
-        word(any(layer.act_order for layer in layers)),
+        format_value(_summary(layer.bits for layer in layers)),
+        format_value(_summary(layer.group_size or 0 for layer in layers)),
+        format_value(any(layer.act_order for layer in layers)),
         shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
         _range(zeros, "d"),
         _range(scales, ".3g") if scales else "-",
@@ -257,7 +259,7 @@ def _declared(quantization: Mapping[str, Any], zeros: str) -> dict[str, Any]:
 
 def _read(checkpoint: Checkpoint, zeros: str, errors: list[str]) -> tuple[dict[str, int], list[LayerStatistics]]:
     """Bytes of the tensors and statistics of the layers; errors are added to the list."""
-    names = sorted(checkpoint.packed_layers, key=in_order)
+    names = sorted(checkpoint.packed_layers, key=natural_order)
     sizes = dict.fromkeys([*_PARTS.values(), _REST], 0)
     packed = {f"{name}.{tensor}": part for name in names for tensor, part in _PARTS.items()}
     for name, stored in checkpoint.tensors.items():
@@ -383,7 +385,7 @@ def _notes(
     for name in ("bits", "group_size"):
         # layers whose in-features are one group fit any size from there on
         if declared[name] != found[name] and not (name == "group_size" and found[name] == -1):
-            notes.append(f"{name}={declared[name]} is declared, the tensors have {word(found[name])}.")
+            notes.append(f"{name}={declared[name]} is declared, the tensors have {format_value(found[name])}.")
     if any(layer.group_size and layer.in_features % layer.group_size for layer in layers):
         notes.append("The last group of some layers is shorter than the others, which several engines refuse.")
     scales = sum(layer.groups * layer.out_features for layer in layers)
@@ -418,7 +420,7 @@ def _trainable(layers: list[LayerStatistics]) -> dict[str, int]:
 def _training(declared: Mapping[str, Any], trainable: Mapping[str, int], errors: list[str]) -> dict[str, str]:
     if errors:
         return dict.fromkeys(("PEQA", "LREC", "QFT"), "no: see errors")
-    how = f'yes, loaded with `GPTQConfig(bits={word(declared["bits"])}, backend="gptq_torch")`'
+    how = f'yes, loaded with `GPTQConfig(bits={format_value(declared["bits"])}, backend="gptq_torch")`'
     peqa, lrec = (
         ""
         if method not in trainable

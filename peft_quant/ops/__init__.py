@@ -1,8 +1,6 @@
-"""Arithmetic on packed weights and on logits: tensors in, tensors out, PyTorch only."""
+"""Arithmetic on packed and on int8 weights: tensors in, tensors out, PyTorch only."""
 
-from .divergence import IGNORED, DistillationLoss, TopK, distillation_loss, top_k
-from .eager import compute_dtype
-from .int8 import (
+from .int8.eager import (
     ERROR_FEEDBACK,
     NEAREST,
     STOCHASTIC,
@@ -12,7 +10,7 @@ from .int8 import (
     random_residual,
     refresh_weight,
 )
-from .int8_library import (
+from .int8.operators import (
     accumulate_gradient,
     decode_weight,
     encode_gradient,
@@ -20,24 +18,21 @@ from .int8_library import (
     int8_linear_grad_x,
     lion_step,
 )
-from .library import dequantize, linear, lora_linear
+from .packed.eager import compute_dtype
+from .packed.operators import dequantize, linear, lora_linear
 from .rounding import random_key, round_scales, round_scales_straight_through
 
 
 __all__ = [
     "ERROR_FEEDBACK",
-    "IGNORED",
     "NEAREST",
     "STOCHASTIC",
-    "DistillationLoss",
-    "TopK",
     "accumulate_gradient",
     "blocks_of",
     "compute_dtype",
     "decode_blocks",
     "decode_weight",
     "dequantize",
-    "distillation_loss",
     "encode_gradient",
     "encode_weight",
     "int8_linear",
@@ -50,5 +45,4 @@ __all__ = [
     "refresh_weight",
     "round_scales",
     "round_scales_straight_through",
-    "top_k",
 ]

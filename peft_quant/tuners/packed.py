@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,21 +21,13 @@ from transformers import PreTrainedModel
 
 from .. import gptq
 from ..gptq.base_record import Layers, describe_base, digests, require_base
-from ..gptq.dtypes import (
-    Apply,
-    activation_dtype,
-    after_cast,
-    warn_of_cast_scales,
-    weight_without_values,
-    without_cast,
-)
+from ..gptq.dtypes import Apply, activation_dtype, after_cast, warn_of_cast_scales, weight_without_values, without_cast
 from ..gptq.fingerprint import fingerprint
 from ..gptq.loading import require_readable
+from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
-from ..gptq.training import is_prepared
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
-from ..registry import ask_for_weight, check_adapters, write_cards
-from ..report.card import update_card
+from ..registry import ask_for_weight, check_adapters
 from .proof import prove_first_step
 from .saved import require_trained
 
@@ -455,15 +446,6 @@ def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
 check_adapters(_check_saved)
 
 
-def _write_card(tuner: PackedTuner, directory: Path, earlier: list[str], repository: str | None) -> None:
-    base = getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
-    tags = getattr(tuner.model, "model_tags", None)
-    config = next(iter(tuner.peft_config.values()))
-    facts = {"base_quantization": config.base_quantization}  # which a LoRA adapter's file does not say
-    update_card(directory, earlier, [base], repository, facts, metadata={"tags": tags or None}, exported=True)
-
-
-write_cards(PackedTuner, _write_card)
 ask_for_weight(is_prepared)
 
 

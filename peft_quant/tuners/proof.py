@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..proof import TrainingError, require_unchanged, sample
+from ..first_step import TrainingError, require_unchanged, sample
 
 
 _STEPS_WITHOUT_GRADIENT = 10  # after so many, it is not a batch but the data

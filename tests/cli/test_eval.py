@@ -8,7 +8,7 @@ from gptq_models import tiny_tokenizer
 from peft import get_peft_model
 
 from peft_quant import LRECConfig, PEQAConfig, quantize_model
-from peft_quant.loading import load_model
+from peft_quant.evaluation.loading import load_model
 
 
 @pytest.fixture

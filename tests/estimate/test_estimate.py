@@ -24,7 +24,7 @@ from peft_quant import Int8Weight, LRECConfig, PEQAConfig, QuantizedLion, estima
 from peft_quant.estimate import METHODS, Estimate, read_config
 from peft_quant.estimate.subject import Subject
 from peft_quant.gptq import is_packed
-from peft_quant.qft import memory_report
+from peft_quant.trainers.memory import memory_report
 
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}

@@ -7,8 +7,9 @@ from families import FAMILIES, without_order
 from gptq_models import save_tiny_llama
 from safetensors.torch import load_file, save_file
 
+from peft_quant.files import new_directory
 from peft_quant.gptq import InvalidCheckpointError
-from peft_quant.gptq.checkpoint import Checkpoint, new_directory, read_tensors
+from peft_quant.gptq.checkpoint import Checkpoint, read_tensors
 
 
 NAME = "model.layers.1.mlp.down_proj.scales"

@@ -12,16 +12,10 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from peft_quant import (
-    InvalidCheckpointError,
-    LRECConfig,
-    PEQAConfig,
-    prepare_gptq_for_training,
-    quantize_model,
-)
+from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, prepare_gptq_for_training, quantize_model
+from peft_quant.evaluation.loading import load_model, quantization_of
 from peft_quant.gptq.loading import GPTQCheckpointQuantizer
 from peft_quant.gptq.source import packed_modules
-from peft_quant.loading import load_model, quantization_of
 from peft_quant.registry import replace_quantizer
 
 

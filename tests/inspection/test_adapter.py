@@ -9,14 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from peft_quant import (
-    InvalidCheckpointError,
-    LRECConfig,
-    PEQAConfig,
-    compare_adapters,
-    export_lora,
-    inspect_adapter,
-)
+from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, compare_adapters, export_lora, inspect_adapter
 from peft_quant.inspection import is_adapter
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from peft_quant import LRECConfig, PEQAConfig
 from peft_quant.gptq import PackedTensors
-from peft_quant.gptq.view import tensor_format
+from peft_quant.gptq.layer import tensor_format
 from peft_quant.inspection import cosine_similarities, layer_changes
 
 

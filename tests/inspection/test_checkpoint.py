@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_quant import inspect_checkpoint
 from peft_quant.inspection import is_adapter
-from peft_quant.ops.packing import convert_zeros, pack_rows, unpack_rows
+from peft_quant.ops.packed.packing import convert_zeros, pack_rows, unpack_rows
 
 
 FIXTURES = "tests/fixtures"

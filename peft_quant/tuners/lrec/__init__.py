@@ -7,8 +7,6 @@ _PEFT_TYPE = add_peft_type("LREC")  # before the configuration, which names the 
 
 from ...registry import allow_hotswap, register  # noqa: E402
 from .config import LRECConfig  # noqa: E402
-from .export import export_lora  # noqa: E402
-from .init import LayerStart, StartReport, initialize_lrec_weights  # noqa: E402
 from .layer import LRECLinear  # noqa: E402
 from .model import LRECModel  # noqa: E402
 
@@ -17,10 +15,6 @@ __all__ = [
     "LRECConfig",
     "LRECLinear",
     "LRECModel",
-    "LayerStart",
-    "StartReport",
-    "export_lora",
-    "initialize_lrec_weights",
 ]
 
 register("lrec", LRECConfig, LRECModel)

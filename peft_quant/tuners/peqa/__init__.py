@@ -8,10 +8,9 @@ add_peft_type("PEQA")  # before the configuration, which names the type
 from ...registry import register  # noqa: E402
 from .config import PEQAConfig  # noqa: E402
 from .layer import PEQALayer, PEQALinear  # noqa: E402
-from .merge import merge_checkpoint  # noqa: E402
 from .model import PEQAModel  # noqa: E402
 
 
-__all__ = ["PEQAConfig", "PEQALayer", "PEQALinear", "PEQAModel", "merge_checkpoint"]
+__all__ = ["PEQAConfig", "PEQALayer", "PEQALinear", "PEQAModel"]
 
 register("peqa", PEQAConfig, PEQAModel)

@@ -1,0 +1,74 @@
+"""LREC adapters as LoRA adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peft import PeftConfig, PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import save_file
+
+from ..files import new_directory
+from ..tuners.lrec.config import LRECConfig
+from .card import update_card
+
+
+def export_lora(
+    adapter: str | os.PathLike[str] | PeftModel,
+    out: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    token: str | bool | None = None,
+) -> Path:
+    """Write an LREC adapter as a LoRA adapter, for PEFT without peft_quant and for engines that load LoRA.
+
+    `LRECConfig(save_as_lora=True)` saves adapters so in the first place.
+
+    The tensors are the same; the configuration becomes a `LoraConfig`, which no longer records the base model's
+    fingerprint; the model card does. `out` appears once it is complete.
+
+    Args:
+        adapter: directory or Hub id of the adapter, or a model that has it loaded.
+        out: directory to write, which must not exist.
+        adapter_name: which of a model's adapters.
+        token: Hub token.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: the adapter is not LREC's, or the model has none of that name.
+    """
+    if isinstance(adapter, PeftModel):
+        with TemporaryDirectory() as saved:
+            adapter.save_pretrained(saved, selected_adapters=[adapter_name])
+            directory = saved if adapter_name == "default" else Path(saved, adapter_name)
+            written = PeftConfig.from_pretrained(os.fspath(directory))
+            return _export(directory, adapter.peft_config[adapter_name], written, out, token)
+    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    return _export(adapter, config, config, out, token)
+
+
+def _export(
+    adapter: str | os.PathLike[str],
+    config: PeftConfig,
+    written: PeftConfig,
+    out: str | os.PathLike[str],
+    token: str | bool | None,
+) -> Path:
+    """`config` is the adapter's, `written` the one beside its weights: LoRA's for a model with `save_as_lora`."""
+    if not isinstance(config, LRECConfig):
+        raise ValueError(
+            f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
+        )
+    lora = written.to_lora() if isinstance(written, LRECConfig) else written
+    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    with new_directory(out) as directory:
+        lora.save_pretrained(os.fspath(directory))
+        save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
+    return Path(out)

@@ -1,0 +1,318 @@
+"""One view over any GPTQ linear layer: what its tensors mean, read by attribute and never by class name.
+
+Works for the trainable layers of gptqmodel, those of auto-gptq 0.7.1 and any module with `qweight`, `qzeros`, `scales`
+and `g_idx`. The layer's own forward is never called: depending on the kernel it keeps dense weights for backward,
+compiles itself, repacks its weights or stops gradients. Its `sym` and `desc_act` are not read either: layers loaded
+through optimum carry them swapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops.packed.packing import unpack_zeros
+from .check import InvalidCheckpointError, PackedTensors, check_packed_tensors
+
+
+# QUANT_TYPE of auto-gptq's layers that repack on initialization; gptqmodel's say SUPPORTS_TRAINING = False
+_REPACKING_AUTO_GPTQ = ("exllama", "exllamav2", "marlin", "qigen")
+
+_LOAD_WITH_TORCH_KERNEL = (
+    'Load the model with `quantization_config=GPTQConfig(bits=..., backend="gptq_torch")`, which keeps the packed '
+    "tensors as they are in the checkpoint at every bit width and on every device."
+)
+
+
+class RepackedLayerError(TypeError):
+    """A GPTQ layer whose kernel changed its packed tensors, so that they can no longer be read or trained."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How a layer's packed tensors are to be read.
+
+    Attributes:
+        bits: bits of one code: 2, 3, 4 or 8.
+        in_features: `K`.
+        out_features: `N`.
+        group_size: rows that share a scale; `K` if all do (`group_size=-1` in a GPTQ config). The last group may be
+            shorter.
+        zero_offset: what the zero points in memory are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
+        act_order: whether rows belong to groups in an order of their own (`desc_act`), given by `g_idx`.
+        zero_point: the layer's zero point if it has only one, else None; `2 ** (bits - 1)` in symmetric quantization.
+        scale_dtype: dtype of the scales in the checkpoint.
+    """
+
+    bits: int
+    in_features: int
+    out_features: int
+    group_size: int
+    zero_offset: int
+    act_order: bool
+    zero_point: int | None
+    scale_dtype: torch.dtype
+
+    @property
+    def groups(self) -> int:
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point == 1 << (self.bits - 1)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module holds GPTQ-packed weights, or held them before its kernel repacked them."""
+    return _has_packed_tensors(module) or "gptq" in (getattr(module, "SUPPORTS_METHODS", None) or ())
+
+
+def _has_packed_tensors(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in PackedTensors._fields)
+
+
+def packed_tensors(layer: nn.Module) -> PackedTensors:
+    """The packed tensors of a layer, as they are in memory."""
+    return PackedTensors(*(getattr(layer, name) for name in PackedTensors._fields))
+
+
+def _quant_type(module: nn.Module) -> str | None:
+    quant_type = getattr(module, "QUANT_TYPE", None)
+    return quant_type if isinstance(quant_type, str) else None
+
+
+def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
+    """Read how a GPTQ layer is packed, after checking that its tensors can be trusted.
+
+    Args:
+        layer: a module for which [`is_packed`] holds.
+        name: what to call the layer in an error; its class by default.
+
+    Raises:
+        RepackedLayerError: the layer's kernel holds the weights in a layout of its own.
+        InvalidCheckpointError: the tensors contradict each other or the layer, or hold values out of range.
+        ValueError: the layer's tensors are offloaded.
+    """
+    kind = type(layer).__name__
+    name = f"{name} ({kind})" if name else kind
+    reason = repacked(layer)
+    if reason:
+        raise RepackedLayerError(f"{name} cannot be trained: {reason}. {_LOAD_WITH_TORCH_KERNEL}")
+    tensors = packed_tensors(layer)
+    qweight, g_idx = tensors.qweight, tensors.g_idx
+    if qweight.is_meta and hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            f"{name} is offloaded by accelerate and cannot be trained. Load the model with a `device_map` that keeps "
+            "every layer on a GPU, or every layer on the CPU."
+        )
+    packed = tensor_format(name, tensors, zero_offset(layer, name))
+    _check_stated_shape(layer, name, packed.bits, packed.in_features, packed.out_features)
+    return replace(packed, group_size=_stated_group_size(layer, g_idx)) if qweight.is_meta else packed
+
+
+def tensor_format(name: str, tensors: PackedTensors, offset: int) -> PackedFormat:
+    """How packed tensors are to be read, after checking that they can be trusted.
+
+    Args:
+        name: what to call the layer in an error.
+        tensors: the layer's tensors. Order and zero points of those on the meta device are not known.
+        offset: what their zero points are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
+
+    Raises:
+        InvalidCheckpointError: the tensors contradict each other, or hold values out of range.
+    """
+    bits = check_packed_tensors(name, tensors)
+    qweight, qzeros, scales, g_idx = tensors
+    on_meta = qweight.is_meta
+    group_size, act_order = (g_idx.numel(), False) if on_meta else _grouping(g_idx, scales.shape[0])
+    return PackedFormat(
+        bits=bits,
+        in_features=g_idx.numel(),
+        out_features=qweight.shape[1],
+        group_size=group_size,
+        zero_offset=offset,
+        act_order=act_order,
+        zero_point=None if on_meta else _only_value(unpack_zeros(qzeros, bits, offset)),
+        scale_dtype=scales.dtype,
+    )
+
+
+def repacked(layer: nn.Module) -> str | None:
+    """Why the packed tensors of a layer cannot be read, if its kernel changed them; else None."""
+    quant_type = _quant_type(layer)
+    if getattr(layer, "SUPPORTS_TRAINING", None) is False or quant_type in _REPACKING_AUTO_GPTQ:
+        return f"its kernel ({quant_type}) keeps the weights in a layout of its own"
+    if getattr(layer, "linear_mode", None) == "inference":
+        return "its kernel repacked the weights for inference when the model was first evaluated"
+    if getattr(layer, "planar", False):
+        return "it uses the planar gptq_p layout, not GPTQ's"
+    if not _has_packed_tensors(layer):
+        return f"its kernel ({quant_type}) removed the packed tensors"
+    return None
+
+
+def _check_stated_shape(layer: nn.Module, name: str, bits: int, in_features: int, out_features: int) -> None:
+    for attributes, actual in (
+        (("bits",), bits),
+        (("in_features", "infeatures"), in_features),
+        (("out_features", "outfeatures"), out_features),
+    ):
+        for attribute in attributes:
+            stated = getattr(layer, attribute, None)
+            if isinstance(stated, int) and stated != actual:
+                raise InvalidCheckpointError(
+                    f"{name} says {attribute}={stated}, but its packed tensors hold {actual}. Check `bits` and "
+                    "`group_size` of the quantization config against the checkpoint."
+                )
+
+
+def zero_offset(layer: nn.Module, name: str) -> int:
+    """1 if the zero points in memory are stored minus one (v1), 0 if as they are (v2).
+
+    gptqmodel's layers are asked what their kernel computes with, not `qzero_format()`: that still says 1 (v1) for
+    layers loaded from a v2 checkpoint.
+    """
+    requires_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
+    if requires_v2 is not None:
+        return int(not requires_v2)
+    checkpoint_format = getattr(layer, "checkpoint_format", None)
+    if checkpoint_format in ("gptq", "gptq_v2"):
+        return int(checkpoint_format == "gptq")
+    if _quant_type(layer) is not None and hasattr(layer, "infeatures"):  # auto-gptq knows v1 only
+        return 1
+    raise InvalidCheckpointError(
+        f"{name} does not say how its zero points are stored. Set `checkpoint_format` on it to 'gptq' (zero points "
+        "stored minus one, as auto-gptq writes them) or to 'gptq_v2' (stored as they are)."
+    )
+
+
+def _grouping(g_idx: torch.Tensor, groups: int) -> tuple[int, bool]:
+    """Group size and whether `g_idx` departs from `k // group_size`."""
+    rows = g_idx.numel()
+    group_size = rows if groups == 1 else int((g_idx == 0).sum())
+    in_order = torch.arange(rows, device=g_idx.device) // group_size
+    return group_size, not torch.equal(g_idx.long(), in_order)
+
+
+def _only_value(zeros: torch.Tensor) -> int | None:
+    low, high = torch.aminmax(zeros)
+    return int(low) if low == high else None
+
+
+def _stated_group_size(layer: nn.Module, g_idx: torch.Tensor) -> int:
+    stated = getattr(layer, "group_size", -1)
+    return stated if stated > 0 else g_idx.numel()
+
+
+def linear(
+    layer: nn.Module, packed: PackedFormat, x: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x @ W + bias` from the layer's packed tensors; nothing dense is kept for backward.
+
+    Args:
+        layer: the GPTQ layer.
+        packed: its format, from [`read_format`].
+        x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
+        scales: `[G, N]` to use in place of the layer's own; the only tensor beside `x` that receives a gradient.
+
+    Returns:
+        `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+
+    Raises:
+        TypeError: `x` is not floating point.
+        ValueError: the layer's scales were cast since its format was read.
+    """
+    x = _activations(x)
+    tensors = _tensors_as_read(layer, packed)
+    scales = tensors.scales if scales is None else scales
+    y = ops.linear(x, tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed))
+    return _add_bias(layer, y)
+
+
+def lora_linear(
+    layer: nn.Module,
+    packed: PackedFormat,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`y = x @ W + scaling * (x @ A^T) @ B^T + bias` in one step, which casts once and keeps `x` and `x @ A^T` only.
+
+    Args:
+        layer: the GPTQ layer.
+        packed: its format, from [`read_format`].
+        x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
+        lora_a: `[R, K]`, floating point.
+        lora_b: `[N, R]`, floating point. Both factors and `x` receive gradients.
+        scaling: factor of the low-rank branch.
+
+    Returns:
+        `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
+
+    Raises:
+        TypeError: `x` is not floating point.
+        ValueError: the layer's scales were cast since its format was read.
+    """
+    x = _activations(x)
+    tensors = _tensors_as_read(layer, packed)
+    y = ops.lora_linear(
+        x, lora_a, lora_b, scaling, tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed)
+    )
+    return _add_bias(layer, y)
+
+
+def _tensors_as_read(layer: nn.Module, packed: PackedFormat) -> PackedTensors:
+    tensors = packed_tensors(layer)
+    if tensors.scales.dtype != packed.scale_dtype:
+        raise ValueError(
+            f"The scales of a {type(layer).__name__} were cast from {packed.scale_dtype} to {tensors.scales.dtype}, "
+            "and are no longer as the checkpoint stores them. Load the model again, and cast it as a whole, with the "
+            "adapter on (`model.to(dtype)`), which leaves scales as they are."
+        )
+    return tensors
+
+
+def _activations(x: torch.Tensor) -> torch.Tensor:
+    """In the dtype of autocast, where it is on."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"A GPTQ layer takes activations in floating point, not {x.dtype}. If the model casts them to the dtype "
+            "of `qweight`, have it ask for that of `weight`, which adapted and prepared layers have."
+        )
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):  # which knows nothing of the meta device
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    bias = getattr(layer, "bias", None)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def dequantize(
+    layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The layer's weight, dense `[N, K]` as `nn.Linear` holds it.
+
+    Raises:
+        ValueError: the layer's scales were cast since its format was read.
+    """
+    tensors = _tensors_as_read(layer, packed)
+    return dequantize_tensors(tensors if scales is None else tensors._replace(scales=scales), packed, dtype)
+
+
+def dequantize_tensors(
+    tensors: PackedTensors, packed: PackedFormat, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """As [`dequantize`], of tensors without a layer."""
+    return ops.dequantize(tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed), dtype).t()
+
+
+def _layout(tensors: PackedTensors, packed: PackedFormat) -> tuple[torch.Tensor | None, int, int, int]:
+    g_idx = tensors.g_idx.to(tensors.qweight.device) if packed.act_order else None
+    return g_idx, packed.bits, packed.group_size, packed.zero_offset

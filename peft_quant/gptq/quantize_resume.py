@@ -1,0 +1,261 @@
+"""Layers that GPTQ has finished, kept on disk for an interrupted quantization to go on from.
+
+optimum's `GPTQQuantizer` goes through a model layer by layer, and has no state to go on from. It is kept here at the
+border between optimum and gptqmodel: the class `GPTQ`, which takes the inputs of one layer, gives back its scales,
+zero points and groups, and sets its weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..files import new_directory, new_file
+from .fingerprint import update_with_samples
+
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = "settings.json"
+_LAYER = ".safetensors"
+_COMPUTED_BY = ("torch", "transformers", "optimum", "gptqmodel")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What GPTQ made of a layer.
+
+    Attributes:
+        weight: fp32, dequantized, in the shape and memory layout that the layer has it in.
+        scale: fp32, `[out_features, groups]`.
+        zero: fp32, `[out_features, groups]`.
+        g_idx: int32, the group of each in-feature.
+        mock: whether gptqmodel gave up on calibration here, as it then does for all layers after it.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    g_idx: torch.Tensor
+    mock: bool
+
+
+class FinishedLayers:
+    """A directory of layers: a safetensors file each, and `settings.json`, which says of what quantization.
+
+    A file holds codes as uint8, scales and zero points, about one byte a weight; where these do not give back the
+    weight to the bit, it holds the weight itself. Files appear whole, and the directory with the first of them.
+
+    Args:
+        directory: where they lie, or will.
+        settings: names and values of JSON, all that decides what the layers are.
+
+    Raises:
+        ValueError: `directory` holds something else, or layers of other settings.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self._settings = settings
+        if not self.directory.exists():
+            return
+        found = read_settings(self.directory)
+        different = sorted(name for name in found.keys() | settings.keys() if found.get(name) != settings.get(name))
+        if different:
+            raise ValueError(
+                f"{self.directory} is of another quantization: it has "
+                f"{', '.join(f'{name}={found.get(name)!r}' for name in different)}; asked for was "
+                f"{', '.join(f'{name}={settings.get(name)!r}' for name in different)}. Ask for the same to go on from "
+                "it, or remove it."
+            )
+
+    def load(self, name: str) -> Layer | None:
+        """A layer, on the CPU, or None if it is not there."""
+        file = self.directory / f"{name}{_LAYER}"
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as stored:
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+                layout = json.loads(stored.metadata()["layout"])
+        except SafetensorError:
+            logger.warning("%s was not written to its end, and is passed over.", file)
+            return None
+        weight = torch.empty_strided(layout["shape"], layout["stride"])
+        rows = tensors.pop("weight", None)
+        if rows is None:
+            rows = _dequantize(tensors.pop("codes"), **tensors)
+        _as_rows(weight, layout["transposed"]).copy_(rows)
+        return Layer(weight, **tensors, mock=layout["mock"])
+
+    def save(self, name: str, layer: Layer, transposed: bool) -> None:
+        """Keep a layer.
+
+        Args:
+            name: of the layer.
+            layer: what it is.
+            transposed: whether its weight is `[in_features, out_features]`.
+        """
+        if not self.directory.exists():
+            with new_directory(self.directory) as directory:
+                (directory / _SETTINGS).write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
+        groups = {"scale": layer.scale, "zero": layer.zero, "g_idx": layer.g_idx}
+        rows = _as_rows(layer.weight, transposed)
+        codes = (rows / layer.scale[:, layer.g_idx] + layer.zero[:, layer.g_idx]).round().clamp(0, 255).to(torch.uint8)
+        same = _bits(_dequantize(codes, **groups)).equal(_bits(rows))
+        tensors = {**groups, **({"codes": codes} if same else {"weight": rows})}
+        layout = {
+            "shape": list(layer.weight.shape),
+            "stride": list(layer.weight.stride()),
+            "transposed": transposed,
+            "mock": layer.mock,
+        }
+        file = self.directory / f"{name}{_LAYER}"
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        with new_file(file) as temporary:
+            save_file(tensors, temporary, {"layout": json.dumps(layout)})
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of a directory of [`FinishedLayers`].
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return json.loads((Path(directory) / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} holds no layers of an interrupted quantization: remove it.") from error
+
+
+def state_beside(out: Path) -> Path:
+    """The directory of finished layers of a checkpoint that is to be written at `out`: `OUT.unfinished`."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def count_finished(directory: str | os.PathLike[str]) -> tuple[int, int]:
+    """How many layers a directory of [`FinishedLayers`] has, and how many the model has.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    total = read_settings(directory)["layers"]
+    return len(list(Path(directory).glob(f"*{_LAYER}"))), total
+
+
+@contextmanager
+def kept(
+    model: PreTrainedModel, state: str | os.PathLike[str], calibration: list[str], options: dict[str, Any]
+) -> Iterator[None]:
+    """Within it, optimum's `GPTQQuantizer` keeps each layer that it finishes, and takes those that are there.
+
+    A layer that is there collects no inputs and solves nothing, and a forward pass of its block only to collect them
+    is left out: a finished block costs one forward pass, in place of one for each of its layers and one more.
+
+    Args:
+        model: the float model that is quantized within, in fp32.
+        state: directory of [`FinishedLayers`].
+        calibration: texts that it is quantized with.
+        options: by name, all others that decide what the layers are.
+
+    Raises:
+        ValueError: `state` holds something else, or layers of another model, calibration or version, or with other
+            options.
+    """
+    from optimum.gptq import quantizer as optimum
+    from optimum.gptq.utils import get_block_name_with_pattern, get_layers
+
+    blocks = list(model.get_submodule(get_block_name_with_pattern(model)).children())
+    settings = {
+        **options,
+        "model": _model_digest(model),
+        "calibration": hashlib.sha256(json.dumps(calibration).encode()).hexdigest()[:32],
+        "layers": sum(len(get_layers(block)) for block in blocks),
+        **{package: version(package) for package in _COMPUTED_BY},
+    }
+    finished = FinishedLayers(state, settings)
+    names = {module: name for name, module in model.named_modules()}
+    waiting: list[Any] = []  # those whose inputs are being collected, or were
+
+    class KeptGPTQ(optimum.GPTQ):
+        def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            super().__init__(module, *args, **kwargs)
+            self.layer = finished.load(names[module])
+            waiting.append(self)
+
+        def add_batch(self, *args: Any, **kwargs: Any) -> None:
+            if self.layer is None:
+                super().add_batch(*args, **kwargs)
+
+        def fasterquant(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            if self.layer is not None:
+                self.qcfg.mock_quantization = self.layer.mock
+                self.module.weight.data = self.layer.weight.to(self.module.weight.device)
+                return self.layer.scale, self.layer.zero, self.layer.g_idx
+            result = super().fasterquant(*args, **kwargs)
+            scale, zero, g_idx = result[:3]
+            layer = Layer(self.module.weight.data, scale, zero, g_idx, self.qcfg.mock_quantization)
+            finished.save(names[self.module], layer, isinstance(self.module, Conv1D))
+            return result
+
+        def free(self) -> None:
+            waiting.remove(self)
+            self.layer = None
+            super().free()
+
+    def unless_collected(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if waiting and all(one.layer is not None for one in waiting):
+                return None
+            return forward(*args, **kwargs)
+
+        return wrapped
+
+    original = optimum.GPTQ
+    optimum.GPTQ = KeptGPTQ
+    for block in blocks:
+        block.forward = unless_collected(block.forward)
+    try:
+        yield
+    finally:
+        optimum.GPTQ = original
+        for block in blocks:
+            del block.forward  # of the object, which hid that of its class
+
+
+def _model_digest(model: PreTrainedModel) -> str:
+    """Of the config, and of 256 values of every tensor: the same for the same model in another directory."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        update_with_samples(digest, tensor)
+    return digest.hexdigest()[:32]
+
+
+def _as_rows(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A view of a weight as `[out_features, in_features]`."""
+    return weight.t() if transposed else weight.flatten(1)
+
+
+def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, g_idx: torch.Tensor) -> torch.Tensor:
+    """`scale * (codes - zero)`, as gptqmodel computes it."""
+    return scale[:, g_idx] * (codes - zero[:, g_idx])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

@@ -1,0 +1,1 @@
+"""Operators on int8 weights, gradients and momentum (QFT)."""

@@ -1,0 +1,274 @@
+"""int8 weights, gradients and momentum in plain PyTorch: the path of every device without a kernel of its own.
+
+Gradients and momentum are flat runs of `BLOCK` elements with one fp32 scale each; weights have scales by row, or by
+groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero. Arguments as in
+`int8_library.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from ..packed.eager import compute_dtype
+from ..rounding import dither, random_words, round_to_dtype
+
+
+BLOCK = 256
+LARGEST = 127
+NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
+_RUN = 1 << 18  # elements, whole blocks; what is computed of them stays in a CPU's cache
+# what the largest of a block becomes: so little below 127 that no noise rounds it to 128
+RANGE = LARGEST - 2.0**-13
+# below it, a block counts as zero: the inverse of its scale would overflow
+SMALLEST = 2.0**-100
+_SCALE_OF_ZEROS = 2.0**-13
+_ROOM = 1.125  # that a new scale leaves for growth
+
+
+def blocks_of(elements: int) -> int:
+    return -(-elements // BLOCK)
+
+
+def _runs(elements: int) -> Iterator[tuple[slice, slice]]:
+    """Elements and blocks of one run after another."""
+    for start in range(0, elements, _RUN):
+        stop = min(start + _RUN, elements)
+        yield slice(start, stop), slice(start // BLOCK, blocks_of(stop))
+
+
+def _in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """Elements -> fp32 `[blocks, BLOCK]`, the last one filled up with zeros."""
+    return F.pad(x.float(), (0, -len(x) % BLOCK)).view(-1, BLOCK)
+
+
+def _words(elements: slice, key: int, device: torch.device) -> torch.Tensor:
+    """Random words `[blocks, BLOCK]`."""
+    stop = blocks_of(elements.stop) * BLOCK
+    return random_words(elements.start, stop, key, device).view(-1, BLOCK)
+
+
+def _encode(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 `[blocks, BLOCK]` -> integers `[blocks, BLOCK]` (fp32), scales `[blocks, 1]`."""
+    largest = x.abs().amax(1, keepdim=True)
+    is_zero = largest <= SMALLEST
+    inverse = torch.where(is_zero, 0, largest.clamp(min=SMALLEST).reciprocal() * RANGE)
+    codes = (x * inverse).add_(noise).round_()
+    return codes, torch.where(is_zero, 0, largest * (1 / RANGE))
+
+
+def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(blocks_of(x.numel()), device=x.device)
+    squares = torch.empty_like(scales)
+    _write_gradient(codes, scales, squares, x, key, add=False)
+    return codes, scales, squares
+
+
+def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
+    squares = torch.empty_like(scales)
+    _write_gradient(codes, scales, squares, x, key, add=True)
+    return squares
+
+
+def _write_gradient(
+    codes: torch.Tensor, scales: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, key: int, add: bool
+) -> None:
+    codes, x = codes.view(-1), x.reshape(-1)
+    for run, blocks in _runs(x.numel()):
+        values = _in_blocks(x[run])
+        if add:
+            values = values + _in_blocks(codes[run]) * scales[blocks, None]
+        squares[blocks] = values.square().sum(1)
+        integers, new_scales = _encode(values, dither(_words(run, key, x.device), 0))
+        codes[run] = integers.view(-1)[: run.stop - run.start].to(torch.int8)
+        # so that what is not finite stays so when more is added
+        scales[blocks] = torch.where(squares[blocks] < torch.inf, new_scales[:, 0], torch.nan)
+
+
+def decode_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Gradients or momentum, fp32 in the shape of `codes`."""
+    values = _in_blocks(codes.reshape(-1)) * scales[:, None]
+    return values.view(-1)[: codes.numel()].view(codes.shape)
+
+
+def encode_weight(
+    weight: torch.Tensor, outliers: int, groups: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A finite weight `[N, K]` -> codes, to nearest, and scales `[N, groups]`, columns and values `[N, outliers]`.
+
+    The outliers, if any, are the largest magnitudes of each row, and their codes are 0. A group of zeros gets the mean
+    scale of the others.
+    """
+    rest, columns, values = _without_outliers(weight.float(), outliers)
+    scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
+    empty = scales <= SMALLEST
+    mean = scales.sum() / (~empty).sum().clamp(min=1)
+    scales = _as_fp16_has_them(torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales))
+    return _codes(rest, scales, None), scales, columns, values
+
+
+def refresh_weight(
+    codes: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, values: torch.Tensor | None, key: int
+) -> None:
+    """Choose outliers anew, and scales where codes have come to the edge or use less than half of their range.
+
+    In place, a run of rows at a time. What keeps its scale keeps its code; all else is rounded stochastically.
+    """
+    width = codes.shape[1]
+    step = max(1, _RUN // width)
+    for start in range(0, len(codes), step):
+        rows = slice(start, start + step)
+        parts: Any = [None if part is None else part[rows] for part in (codes, scales, columns, values)]
+        weight = decode_weight(*(*parts, torch.float32))
+        rest, *outliers = _without_outliers(weight, 0 if columns is None else columns.shape[1])
+        before = parts[1]
+        largest = rest.view(*before.shape, -1).abs().amax(2)
+        share = largest / before.abs()
+        misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
+        after = torch.where(misfit, _as_fp16_has_them(largest * (_ROOM / LARGEST)), before)
+        noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
+        for part, new in zip(parts, (_codes(rest, after, noise.view_as(rest)), after, *outliers)):
+            if part is not None:
+                part.copy_(new)
+
+
+def _as_fp16_has_them(scales: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to fp16, in which GPTQ checkpoints store them, as far as its normal numbers go."""
+    rounded = scales.half().float()
+    return torch.where((scales >= 2.0**-14) & rounded.isfinite(), rounded, scales)
+
+
+def _without_outliers(
+    weight: torch.Tensor, outliers: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if not outliers:
+        return weight, None, None
+    columns = weight.abs().topk(outliers, dim=1, sorted=False).indices.sort(dim=1).values
+    values = weight.gather(1, columns)
+    dtype = torch.int16 if weight.shape[1] <= 1 << 15 else torch.int32
+    return weight.scatter(1, columns, 0), columns.to(dtype), values
+
+
+def _codes(weight: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    codes = (weight.view(*scales.shape, -1) / scales[:, :, None]).view(weight.shape)
+    if noise is not None:
+        # quotients of codes by their own scale are off by a rounding, which noise would make a step of
+        whole = codes.round()
+        codes = torch.where((codes - whole).abs() < 2.0**-12, whole, codes) + noise
+    return codes.round().clamp_(-LARGEST, LARGEST).to(torch.int8)
+
+
+def decode_weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    rows, groups = scales.shape
+    weight = codes.view(rows, groups, -1) * scales[:, :, None]
+    weight = weight.view(codes.shape)
+    if columns is not None and values is not None:
+        weight.scatter_add_(1, columns.long(), values)
+    return weight.to(dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return F.linear(x.to(dtype), decode_weight(codes, scales, columns, values, dtype), bias).to(x.dtype)
+
+
+def int8_linear_grad_x(
+    dy: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor | None,
+) -> torch.Tensor:
+    dtype = compute_dtype(dy)
+    return (dy.to(dtype) @ decode_weight(codes, scales, columns, values, dtype)).to(dy.dtype)
+
+
+def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
+    """Residuals for error feedback to begin with, uniform, so that codes are as ready to move as later on."""
+    residual = torch.empty_like(codes)
+    for run, _ in _runs(codes.numel()):
+        words = random_words(run.start, run.stop, key, codes.device)
+        residual.view(-1)[run] = (words >> 24).clamp_(min=-LARGEST).to(torch.int8)
+    return residual
+
+
+def lion_step(
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor | None,
+    gradient: torch.Tensor,
+    gradient_scales: torch.Tensor | None,
+    momentum: torch.Tensor,
+    momentum_scales: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    skipped: torch.Tensor,
+    max_norm: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    rounding: int,
+    key: int,
+) -> None:
+    if not norm.isfinite():
+        skipped += 1
+        return
+    factor = torch.where(norm > max_norm, (norm + 1e-6).reciprocal() * max_norm, 1)
+    group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
+    flat: Any = [None if t is None else t.view(-1) for t in (weight, weight_scales, momentum, residual)]
+    weight, scales, momentum, rest = flat
+    gradient = gradient.reshape(-1)
+    keep = 1 - lr * weight_decay
+
+    for run, blocks in _runs(len(weight)):
+        count = run.stop - run.start
+        words = _words(run, key, weight.device)
+        g = _in_blocks(gradient[run])
+        g_scales = factor if gradient_scales is None else gradient_scales[blocks, None] * factor
+        m = _in_blocks(momentum[run])
+        m_scales = None if momentum_scales is None else momentum_scales[blocks, None]
+        b1, b2 = (beta1, beta2) if m_scales is None else (beta1 * m_scales, beta2 * m_scales)
+        sign = (m * b1 + g * ((1 - beta1) * g_scales)).sign_().view(-1)[:count]
+        m = m * b2 + g * ((1 - beta2) * g_scales)
+
+        w = weight[run]
+        if scales is None:
+            new = w.float() * keep - lr * sign
+            new = new.to(w.dtype) if rounding == NEAREST else round_to_dtype(new, w.dtype, words.view(-1)[:count])
+        else:
+            first = run.start // group_size
+            steps = scales[first : -(-run.stop // group_size)].reciprocal() * lr
+            steps = steps.repeat_interleave(group_size)[run.start - first * group_size :][:count]
+            exact = w.float() * keep - steps * sign
+            noise = dither(words, 0).view(-1)[:count]
+            if rounding == ERROR_FEEDBACK:
+                exact += rest[run].float() * 2.0**-8
+            new = (exact + noise if rounding == STOCHASTIC else exact).round().clamp_(-128, LARGEST)
+            if rounding == ERROR_FEEDBACK:
+                left = ((exact - new) * 2.0**8 + noise).clamp_(-LARGEST, LARGEST)
+                rest[run] = left.round_().to(torch.int8)
+        weight[run] = new.to(w.dtype)
+        if momentum_scales is None:
+            momentum[run] = m.view(-1)[:count]
+        else:
+            integers, new_scales = _encode(m, dither(words, 1))
+            momentum[run] = integers.view(-1)[:count].to(torch.int8)
+            momentum_scales[blocks] = new_scales[:, 0]

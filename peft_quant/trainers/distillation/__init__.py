@@ -1,0 +1,1 @@
+"""Distillation of the float model into an LREC adapter."""

@@ -1,0 +1,342 @@
+"""Training an LREC branch so that the quantized model says what the float one does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from ...tuners.lrec.layer import LRECLinear
+from .loss import IGNORED, distillation_loss
+from .teacher import CachedTeacher, ModelTeacher, data_fingerprint, last_hidden_state, tokenizer_fingerprint
+
+
+logger = logging.getLogger(__name__)
+
+_TERMS = ("kl", "ce", "hidden")
+_ALIKE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+
+
+@dataclass
+class LRECTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and the weights of [`LRECTrainer`]'s loss.
+
+    Every term is a mean per predicted token, so a weight means the same at every length, batch size and number of
+    accumulation steps. INT2.1 sums KL over a sequence and takes the mean of the cross entropy: its weights of 10 (4
+    bits) to 120 (2 bits) for the latter, on sequences of 2048 tokens, are a `ce_weight` of 0.005 to 0.06 here.
+
+    Args:
+        kl_weight (`float`): Weight of KL(teacher || student), which is multiplied by `temperature ** 2`.
+        ce_weight (`float`): Weight of the cross entropy of the next token.
+        hidden_weight (`float`):
+            Weight of the squared difference of the last hidden states, a mean over the features (RILQ, arXiv
+            2412.01129). Needs a live teacher.
+        temperature (`float`): Divides the logits of both in KL.
+
+    Raises:
+        ValueError: a negative weight, weights that are all zero, a temperature that is not positive, or
+            `label_smoothing_factor`, which this loss does not have.
+    """
+
+    kl_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of KL(teacher || student), a mean per token, multiplied by temperature ** 2."},
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross entropy of the next token, a mean per token."}
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the mean squared difference of the last hidden states; needs a live teacher."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both in KL."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {f"{term}_weight": getattr(self, f"{term}_weight") for term in _TERMS}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}={weight}: use 0 or a positive number.")
+        if not any(weights.values()):
+            raise ValueError(f"{weights} leave nothing to learn from: set at least one above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: use a positive number.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no place in LRECTrainer's loss: leave it "
+                "at 0."
+            )
+
+
+class LRECTrainer(Trainer):
+    """Trains the LREC branches of a GPTQ model so that its next-token distribution matches the float model's (INT2.1,
+    Chai et al., 2023, arXiv 2306.08162):
+
+        loss = kl_weight * KL(teacher || student) + ce_weight * CE + hidden_weight * MSE(last hidden states)
+
+    each a mean per predicted token: one whose label is not -100, and of which `attention_mask` leaves out neither
+    itself nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if it is wanted, `hidden`
+    beside the loss; evaluation takes the mean over all tokens, not over batches.
+
+    The student's logits are overwritten with their gradient, chunk by chunk, and exist once.
+
+    Args:
+        model: the student, with a trainable LREC adapter on a causal language model.
+        args ([`LRECTrainingArguments`]): with the weights of the loss.
+        teacher: the float model that was quantized, in memory or offloaded by accelerate (`device_map`,
+            `cpu_offload`, `disk_offload`), which streams it block by block; or the directory of a cache written by
+            [`cache_teacher`], which must have every sample to train and evaluate on. What it will hold is logged. Not
+            needed where only `ce_weight` is above 0.
+        teacher_processing_class: the teacher's tokenizer, to be compared with `processing_class`. A cache has its own.
+        kwargs: as [`~transformers.Trainer`]'s. Batches need `labels`.
+
+    Raises:
+        TypeError: `args` or `teacher` of another type.
+        ValueError: no trainable LREC adapter; a teacher of another architecture, vocabulary or tokenizer; a cache that
+            is incomplete, damaged, for other data or another temperature; `hidden_weight` with a cache; options that
+            replace the loss.
+
+    Example:
+
+        ```py
+        >>> from peft_quant import LRECTrainer, LRECTrainingArguments
+
+        >>> teacher = AutoModelForCausalLM.from_pretrained("user/model", dtype="bfloat16")
+        >>> args = LRECTrainingArguments(output_dir="out", learning_rate=1e-4, max_steps=500)
+        >>> LRECTrainer(model, args, teacher=teacher, train_dataset=dataset).train()
+        ```
+    """
+
+    loss_is_scaled_for_ga = True
+    args: LRECTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: LRECTrainingArguments,
+        *,
+        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+        teacher_processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LRECTrainingArguments):
+            raise TypeError(f"`args` is a {type(args).__name__}: use LRECTrainingArguments, which has the weights.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would replace LRECTrainer's loss: use a plain Trainer.")
+        _check_student(model)
+        self.teacher = _open_teacher(teacher, args)
+        given = tokenizer_fingerprint(teacher_processing_class)
+        if isinstance(self.teacher, ModelTeacher):
+            _check_alike(self.teacher.model, model)
+        elif self.teacher is not None:
+            _check_cache(self.teacher, model, args)
+            for name in ("train_dataset", "eval_dataset"):
+                _check_samples(self.teacher, kwargs.get(name), name)
+            given = given or self.teacher.manifest["tokenizer"]
+        _check_tokenizers(given, tokenizer_fingerprint(kwargs.get("processing_class")))
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process would use {self.args.n_gpu} GPUs (DataParallel), which LRECTrainer does not support: "
+                "start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        self.model_accepts_loss_kwargs = True  # so that tokens are counted over all accumulation steps
+        self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
+        self._reset_logs()
+        self._evaluated = self._no_tokens()
+        if self.teacher is not None:
+            logger.info(str(self.teacher))
+            self.teacher.to(self.args.device)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._reset_logs()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        targets = next_tokens(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        wants_hidden = self.args.hidden_weight > 0
+        taught = None if self.teacher is None else self.teacher(inputs, wants_hidden)
+        with last_hidden_state(self.accelerator.unwrap_model(model), wants_hidden) as states:
+            outputs = model(**inputs)
+        logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
+        loss, kl, ce = distillation_loss(
+            logits,
+            targets,
+            None if taught is None else taught.distribution,
+            kl_weight=self.args.kl_weight,
+            ce_weight=self.args.ce_weight,
+            temperature=self.args.temperature,
+        )
+        sums = {"kl": kl, "ce": ce}
+        scored = targets != IGNORED
+        if taught is not None and taught.hidden is not None:
+            hidden = (states[-1][scored].float() - taught.hidden[scored].float()).square().mean(-1).sum()
+            sums["hidden"] = hidden.detach()
+            loss = loss + self.args.hidden_weight * hidden
+        values = torch.stack([sums[term] for term in self._terms])
+        if not model.training:
+            self._evaluated += torch.cat([values, scored.sum()[None]])
+        scale = 1 / scored.sum().clamp(min=1)
+        if num_items_in_batch is not None:
+            # the gradients of processes are averaged, their tokens added up
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            scale = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if model.training:
+            self._trained += values * scale
+            self._steps.add(self.state.global_step)
+        loss = loss * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluated = self._no_tokens()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        *sums, tokens = self.accelerator.gather(self._evaluated[None]).sum(0).tolist()
+        if tokens and output.metrics is not None:
+            means = {term: value / tokens for term, value in zip(self._terms, sums)}
+            weighted = [getattr(self.args, f"{term}_weight") * mean for term, mean in means.items()]
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(weighted)
+            output.metrics.update({f"{metric_key_prefix}_{term}": mean for term, mean in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._steps:
+            means = self.accelerator.gather(self._trained[None]).mean(0) / len(self._steps)
+            logs.update(zip(self._terms, means.tolist()))
+            self._reset_logs()
+        super().log(logs, *args, **kwargs)
+
+    def _reset_logs(self) -> None:
+        self._steps: set[int] = set()
+        self._trained = torch.zeros(len(self._terms), device=self.args.device)
+
+    def _no_tokens(self) -> torch.Tensor:
+        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # sums of the terms, and of tokens
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        targets = [next_tokens(batch) for batch in batch_samples]
+        return super()._get_num_items_in_batch([{"labels": t, "shift_labels": t} for t in targets], device)
+
+
+def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The token to predict at each position of a batch, `[..., T]`; -100 where none is.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"The batch has {sorted(batch)} and no `labels`, which say which tokens count: use "
+            "`DataCollatorForLanguageModeling(tokenizer, mlm=False)`, or a `labels` column like `input_ids`."
+        )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    targets = functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    if mask is not None and mask.shape == labels.shape:
+        targets = targets.masked_fill(mask == 0, IGNORED)
+    return targets
+
+
+def _open_teacher(teacher: Any, args: LRECTrainingArguments) -> ModelTeacher | CachedTeacher | None:
+    if teacher is None:
+        if args.kl_weight or args.hidden_weight:
+            raise ValueError(
+                f"kl_weight={args.kl_weight} and hidden_weight={args.hidden_weight} need a teacher: give the float "
+                "model or the directory of a cache made by `cache_teacher`."
+            )
+        return None
+    return CachedTeacher(teacher) if isinstance(teacher, (str, os.PathLike)) else ModelTeacher(teacher)
+
+
+def _check_student(model: Any) -> None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is not a causal language model, which LRECTrainer is for.")
+    branches = [
+        branch.weight for layer in model.modules() if isinstance(layer, LRECLinear) for branch in layer.lora_B.values()
+    ]
+    if not any(branch.requires_grad for branch in branches):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable LREC adapter ({len(branches)} frozen branches): use "
+            "`get_peft_model(model, LRECConfig(...))`, or `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+
+
+def _check_alike(teacher: PreTrainedModel, student: Any) -> None:
+    of_teacher, of_student = (
+        {name: getattr(model.config.get_text_config(), name, None) for name in _ALIKE} for model in (teacher, student)
+    )
+    different = [name for name in _ALIKE if of_teacher[name] != of_student[name]]
+    if different:
+        raise ValueError(
+            f"The teacher has {', '.join(f'{name}={of_teacher[name]!r}' for name in different)}, the student "
+            f"{', '.join(f'{name}={of_student[name]!r}' for name in different)}: use the model that was quantized."
+        )
+
+
+def _check_tokenizers(of_teacher: str | None, of_student: str | None) -> None:
+    if of_teacher and of_student and of_teacher != of_student:
+        raise ValueError(
+            f"The teacher's tokenizer has the vocabulary {of_teacher}, the student's {of_student}: use the teacher's "
+            "for both."
+        )
+
+
+def _check_cache(cache: CachedTeacher, student: Any, args: LRECTrainingArguments) -> None:
+    if args.hidden_weight:
+        raise ValueError(
+            f"hidden_weight={args.hidden_weight} needs a live teacher: a cache has no hidden states. Give the float "
+            "model, offloaded if it is too large, or set hidden_weight=0."
+        )
+    vocab_size = student.config.get_text_config().vocab_size
+    if cache.manifest["vocab_size"] != vocab_size:
+        raise ValueError(
+            f"The teacher of the cache {cache.directory} has a vocabulary of {cache.manifest['vocab_size']}, the "
+            f"student one of {vocab_size}: use the model that was quantized."
+        )
+    if cache.manifest["temperature"] != args.temperature:
+        raise ValueError(
+            f"The teacher cache {cache.directory} is for temperature={cache.manifest['temperature']}, asked for was "
+            f"{args.temperature}. What a cache leaves out cannot be told at another temperature: train at its own, or "
+            "make another with `cache_teacher(..., temperature=...)`."
+        )
+
+
+def _check_samples(cache: CachedTeacher, dataset: Any, name: str) -> None:
+    """That a cache has all samples of a dataset, as far as the dataset shows them before collation."""
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            _check_samples(cache, part, f"{name}[{key!r}]")
+    elif hasattr(dataset, "__len__") and len(dataset) and "input_ids" in dataset[0]:
+        missing = sum(sample not in cache for sample in dataset)
+        if missing:
+            raise ValueError(
+                f"The teacher cache {cache.directory} (data {cache.manifest['data']}) lacks {missing} of the "
+                f"{len(dataset)} samples of {name} (data {data_fingerprint(dataset)}). Make one that has all samples "
+                "to train and evaluate on: `cache_teacher(teacher, concatenate_datasets([train, eval]), ...)`."
+            )

@@ -1,0 +1,460 @@
+"""Full fine-tuning in int8 by transformers' Trainer, or by a trainer derived from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
+
+from ..estimate.report import MemoryReport
+from ..export.card import QFT, README, update_card
+from ..export.int8 import LogitError, export_qft
+from ..files import replaced_files, require_space
+from ..qft.checkpoint import layout_difference, loading_difference
+from ..qft.dry_run import first_rows_only, require_readable
+from ..qft.lion import QuantizedLion
+from ..qft.weight import Int8Weight
+from .interrupt import last_complete_checkpoint
+from .memory import planned_memory
+from .qft_first_step import FirstStep
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_ROUNDINGS = ("stochastic", "nearest", "error_feedback")
+_STATE = "trainer_state.json"
+_FEW = 1e-3  # a share of the weights
+
+
+@dataclass
+class QFTArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and what is quantized in training.
+
+    The optimizer is always QuantizedLion: `learning_rate`, `weight_decay`, the scheduler's options and `max_grad_norm`
+    count as they do elsewhere, `optim` and Adam's options do not. Lion's learning rates are 3 to 10 times smaller than
+    AdamW's.
+
+    Args:
+        fused (`bool`):
+            Update each weight within backward, as soon as its gradient exists, and keep no gradient. Without
+            accumulation and without `max_grad_norm`.
+        state_bits (`int`): 8 for momentum in int8, 32 for fp32.
+        rounding (`str`):
+            How weights are rounded: "stochastic"; "nearest", which drops updates below half a step; "error_feedback",
+            which keeps what rounding drops in int8 and adds it to the next update.
+        lion_beta1 (`float`): Share of the momentum in an update.
+        lion_beta2 (`float`): Share of the old momentum in the new one.
+        refresh_steps (`int`): Optimizer steps between two choices of each weight's scales and outliers; 0 for never.
+        max_parameter_norm (`float`): With `fused`, clip each weight's gradient to this norm; 0 for no clipping.
+
+    Raises:
+        ValueError: options that exclude each other, or fp16, whose loss scaling needs gradients in float.
+    """
+
+    fused: bool = field(default=False, metadata={"help": "Update each weight within backward and keep no gradients."})
+    state_bits: int = field(default=8, metadata={"help": "8 for momentum in int8, 32 for fp32.", "choices": [8, 32]})
+    rounding: str = field(
+        default="stochastic",
+        metadata={
+            "help": "How weights are rounded: stochastic; nearest, which drops updates below half a step; or "
+            "error_feedback, which keeps what rounding drops.",
+            "choices": list(_ROUNDINGS),
+        },
+    )
+    lion_beta1: float = field(default=0.9, metadata={"help": "Share of the momentum in an update of Lion."})
+    lion_beta2: float = field(default=0.99, metadata={"help": "Share of the old momentum in Lion's new one."})
+    refresh_steps: int = field(
+        default=100,
+        metadata={"help": "Optimizer steps between two choices of the weights' scales and outliers; 0 for never."},
+    )
+    max_parameter_norm: float = field(
+        default=0.0, metadata={"help": "With fused, clip each weight's gradient to this norm; 0 for no clipping."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("state_bits", (8, 32)), ("rounding", _ROUNDINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(str, allowed))}.")
+        for name in ("lion_beta1", "lion_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: use a number from 0 to below 1.")
+        for name in ("refresh_steps", "max_parameter_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: use 0 or a positive number.")
+        if self.fp16:
+            raise ValueError("fp16 needs its loss scaled and float gradients to unscale: train with bf16=True.")
+        if self.fused and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} needs the gradients that fused=True "
+                "does not keep: set fused=False, or a larger per_device_train_batch_size."
+            )
+        if self.fused and self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients before the first update, and "
+                "fused=True updates as they come: set max_grad_norm=0, and max_parameter_norm to clip each weight's "
+                "gradient on its own."
+            )
+        if self.max_parameter_norm and not self.fused:
+            raise ValueError(
+                f"max_parameter_norm={self.max_parameter_norm} belongs to fused=True: use max_grad_norm, which clips "
+                "the norm of all gradients."
+            )
+
+
+class QFTMixin:
+    """Makes a trainer derived from transformers' train in int8: put it before that trainer, as in
+    `class QFTSFTTrainer(QFTMixin, SFTTrainer)`, with arguments of `class Config(SFTConfig, QFTArguments)`.
+
+    See [`QFTTrainer`].
+    """
+
+    args: Any  # QFTArguments
+    memory_report: MemoryReport
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in ("optimizers", "optimizer_cls_and_kwargs"):
+            given = kwargs.get(name)
+            if given is not None and any(part is not None for part in given):
+                raise ValueError(
+                    f"`{name}` was given, but weights in int8 need QuantizedLion, which is made from the arguments: "
+                    "leave it out, and choose a scheduler by lr_scheduler_type."
+                )
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        _check_arguments(trainer)
+        _check_model(trainer.model)
+        self._lion: QuantizedLion | None = None
+        trainer.add_callback(_Watch(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        trainer: Any = self
+        if trainer.optimizer is None:
+            self._lion = trainer.optimizer = self._make_lion(trainer.model if model is None else model)
+        return trainer.optimizer
+
+    def _make_lion(self, model: nn.Module) -> QuantizedLion:
+        args, trainer = self.args, self  # type: Any, Any
+        decayed = set(trainer.get_decay_parameter_names(model))
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        return QuantizedLion(
+            [group for group in groups if group["params"]],
+            lr=args.learning_rate,
+            betas=(args.lion_beta1, args.lion_beta2),
+            rounding=args.rounding,
+            state_bits=args.state_bits,
+            fused=args.fused,
+            max_parameter_norm=args.max_parameter_norm or None,
+            refresh_steps=args.refresh_steps,
+            seed=args.seed,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        trainer: Any = super()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint found in {self.args.output_dir}: train without resume_from_checkpoint."
+                )
+        try:
+            return trainer.train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._lion is not None:
+                self._lion.gradients.detach()
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        return self._optimizer().clip_grad_norm_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self.args.fused:
+            return self._optimizer().gradients.norm()
+        return grad_norm
+
+    def _optimizer(self) -> QuantizedLion:
+        if self._lion is None:
+            raise RuntimeError("The optimizer is made by train(): call that first.")
+        return self._lion
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        trainer: Any = super()
+        if "loss" in logs and self._lion is not None:
+            logs["skipped_steps"] = self._lion.skipped_steps
+        trainer.log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trainer: Any = super()
+        directory = Path(output_dir or self.args.output_dir)
+        earlier = _read(directory / README)
+        with replaced_files(directory, stale="model*.safetensors*") as unfinished:
+            trainer._save(os.fspath(unfinished), state_dict)
+            self._write_card(unfinished, earlier)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = super()
+        directory = Path(self.args.output_dir)
+        earlier = _read(directory / README)
+        trainer.create_model_card(*args, **kwargs)
+        if (directory / "config.json").is_file():
+            self._write_card(directory, [*earlier, *_read(directory / README)])
+
+    def _write_card(self, directory: Path, earlier: list[str]) -> None:
+        trainer: Any = self
+        names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
+        settings = {
+            **extract_hyperparameters_from_trainer(trainer),
+            "optimizer": f"QuantizedLion, betas {self.args.lion_beta1}, {self.args.lion_beta2}",
+            **{name: getattr(self.args, name) for name in names},
+        }
+        facts = {"method": QFT, "settings": settings}
+        try:
+            update_card(directory, earlier, [trainer.model.config._name_or_path], trainer.hub_model_id, facts)
+        except ValueError as error:
+            warnings.warn(f"The model card in {self.args.output_dir} was left as it is. {error}", stacklevel=2)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        _load_weights(model or trainer.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        logger.info("Loading the best model, %s", trainer.state.best_model_checkpoint)
+        _load_weights(trainer.model, trainer.state.best_model_checkpoint)
+
+    def export(
+        self, output_dir: str | os.PathLike[str], format: Literal["bf16", "gptq"] = "bf16"
+    ) -> LogitError | None:
+        """Write the model as a checkpoint that needs no peft_quant, and log how far its logits are from the model's.
+
+        The logits are those of the first batch to evaluate on, or to train on where there is none.
+
+        Args and errors: as [`export_qft`].
+        """
+        trainer: Any = self
+        dataset = trainer.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        loader = trainer.get_train_dataloader() if dataset is None else trainer.get_eval_dataloader(dataset)
+        inputs = trainer._prepare_inputs(next(iter(loader)))
+        error = export_qft(trainer.model, output_dir, format, inputs=inputs, tokenizer=trainer.processing_class)
+        if error is not None:
+            trainer.log({f"{format}_logit_error_{name}": value for name, value in asdict(error).items()})
+        return error
+
+    def _begin(self) -> None:
+        """What is known and can go wrong before the first step."""
+        trainer: Any = self
+        lion = self._optimizer()
+        lion.gradients.detach()  # with what an interrupted step left
+        for group in lion.param_groups:
+            lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
+        self.memory_report = planned_memory(trainer.model, self.args, trainer.train_dataset)
+        logger.info("Trained in int8:\n%s", self.memory_report)
+        _warn_of_small_steps(
+            trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)
+        )
+        if self.args.should_save and trainer.state.global_step == 0:
+            self._try_to_save()
+
+    def _try_to_save(self) -> None:
+        """Write a checkpoint of the first rows of every tensor, and load one of the whole shapes, without values, so
+        that a run does not find out at its end that it cannot.
+
+        Raises:
+            OSError: there is no room for a whole one.
+            RuntimeError: writing or reading it failed.
+        """
+        trainer: Any = self
+        parent: Any = super()
+        output = Path(self.args.output_dir)
+        way_out = "Make room, choose another output_dir, or set save_only_model=True, which saves no momentum"
+        needed = _checkpoint_bytes(self.memory_report, self.args.save_only_model)
+        require_space(output, needed, "A checkpoint", way_out)
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
+            try:
+                with first_rows_only(trainer.model):
+                    parent._save(directory)
+                if not self.args.save_only_model:
+                    trainer._save_optimizer_and_scheduler(directory)
+                    trainer._save_rng_state(directory)
+                trainer.state.save_to_json(os.fspath(Path(directory, _STATE)))
+            except Exception as error:
+                raise RuntimeError(
+                    f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
+                ) from error
+            try:
+                require_readable(trainer.model, Path(directory))
+            except Exception as error:
+                raise RuntimeError(
+                    f"Checkpoints of this run cannot be read back, tried before the first step: {error}. "
+                    f"`from_pretrained` makes a {type(trainer.model).__name__} of its config alone: build the model "
+                    "from a config that says all that it has, or undo what was changed in it."
+                ) from error
+
+
+class QFTTrainer(QFTMixin, Trainer):
+    """Trains every parameter of a model whose weights, gradients and momentum are int8 (QFT, Li et al., 2023, arXiv
+    2310.07147), with Lion.
+
+    Each gradient is quantized as soon as it exists, and is kept until the step in a byte a weight; with `fused`, the
+    step is taken right there. Accumulation, `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing,
+    evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
+    that `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
+
+    Before the first step, `memory_report` and the log say what takes how many bytes, a checkpoint of a row of every
+    tensor is written and removed, and one of the whole shapes is loaded without values; after it, what is trained must
+    have moved. A step whose gradients are not finite changes nothing; `skipped_steps` in the logs counts them.
+
+    Args:
+        model: with int8 weights, from [`quantize_model`] or an int8 checkpoint.
+        args ([`QFTArguments`]): with what is quantized and how.
+        kwargs: as [`~transformers.Trainer`]'s, without an optimizer.
+
+    Raises:
+        TypeError: `args` of another type.
+        ValueError: a model without int8 weights, an optimizer from outside, several GPUs or processes.
+        TrainingError (from `train`): after the first step nothing had moved, or something frozen had.
+
+    Example:
+
+        ```py
+        >>> from peft_quant import QFTArguments, QFTTrainer, quantize_model
+
+        >>> model = quantize_model(AutoModelForCausalLM.from_pretrained("user/model", dtype="bfloat16"))
+        >>> args = QFTArguments(output_dir="out", learning_rate=2e-5, max_steps=500)
+        >>> QFTTrainer(model, args, train_dataset=dataset).train()
+        ```
+    """
+
+
+class _Watch(TrainerCallback):
+    """Calls the trainer where transformers has a callback and no method."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.proven = False
+        self.first: FirstStep | None = None
+        self.skipped = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.proven:
+            return
+        lion = self.trainer._optimizer()
+        rates = {id(p): float(group["lr"]) for group in lion.param_groups for p in group["params"]}
+        if max(rates.values(), default=0) > 0:
+            self.first = FirstStep(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
+            self.skipped = lion.skipped_steps
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.first is None or self.trainer._optimizer().skipped_steps > self.skipped:
+            return
+        first, self.first, self.proven = self.first, None, True
+        first.check()
+
+
+def _check_arguments(trainer: Any) -> None:
+    args = trainer.args
+    if not isinstance(args, QFTArguments):
+        raise TypeError(f"`args` is a {type(args).__name__}: use QFTArguments, which says what is quantized.")
+    if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # the defaults
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} was asked for, but weights in int8 need QuantizedLion: "
+            "leave it out."
+        )
+    if trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError("accelerate is set to fp16, which needs float gradients to unscale: use bf16.")
+    if args.n_gpu > 1 or args.world_size > 1:
+        raise ValueError(
+            f"QFTTrainer trains on one device, and this run has {max(args.n_gpu, args.world_size)}: set "
+            "CUDA_VISIBLE_DEVICES=0, and start a single process."
+        )
+
+
+def _check_model(model: Any) -> None:
+    if not any(isinstance(parameter, Int8Weight) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no weights in int8: use `quantize_model(model)`, or load an int8 checkpoint."
+        )
+    if not hasattr(model, "hf_quantizer"):
+        raise ValueError(
+            f"{type(model).__name__} was not put into int8 by `quantize_model` or `from_pretrained` of transformers' "
+            "models, which is what QFTTrainer saves and loads. Train it with QuantizedLion in a loop of your own."
+        )
+
+
+def _load_weights(model: PreTrainedModel, directory: str) -> None:
+    """Put a checkpoint's weights into a model, bit by bit as they are.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or holds other weights in int8, or otherwise.
+    """
+    model_class: Any = type(model)
+    options = {"dtype": torch.float32, "output_loading_info": True}  # fp32 holds every 16-bit number
+    saved, found = model_class.from_pretrained(directory, **options)
+    difference = loading_difference(found)
+    if difference:
+        raise ValueError(
+            f"{directory} is a checkpoint of another model than this {model_class.__name__}: {difference}. Resume "
+            "from one of this model's own."
+        )
+    difference = layout_difference(model, saved)
+    if difference:
+        raise ValueError(
+            f"{directory} is a checkpoint of another policy: {difference}. Load the model with "
+            f'`from_pretrained("{directory}")` and train that.'
+        )
+    model.load_state_dict(saved.state_dict())
+
+
+def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> None:
+    """Warn if an epoch leaves nearly all int8 weights where they are."""
+    values, moved = 0, 0.0
+    for weight in model.parameters():
+        if isinstance(weight, Int8Weight) and weight.requires_grad:
+            ratios = args.learning_rate / weight.scales.abs()
+            if args.rounding == "stochastic":
+                share = float((steps * ratios).clamp(max=1).mean())
+            else:
+                # error feedback keeps 1/256 of a code
+                least = 0.5 if args.rounding == "nearest" else 2**-9
+                share = float((ratios > least).float().mean())
+            values += weight.numel()
+            moved += share * weight.numel()
+    if values and moved / values < _FEW:
+        warnings.warn(
+            f"learning_rate={args.learning_rate:g} with rounding={args.rounding!r} moves {moved / values:.1e} of the "
+            f"int8 weights in an epoch of {steps:.0f} steps, so they hardly train. Raise the learning rate"
+            + (", or use stochastic rounding." if args.rounding != "stochastic" else "."),
+            stacklevel=3,
+        )
+
+
+def _checkpoint_bytes(report: MemoryReport, only_model: bool) -> int:
+    kept = [row for row in report.rows if row.state and row.what != "gradients"]
+    return sum(row.bytes for row in kept if not (only_model and row.what in ("momentum", "rounding errors")))
+
+
+def _read(card: Path) -> list[str]:
+    return [card.read_text(encoding="utf-8")] if card.is_file() else []

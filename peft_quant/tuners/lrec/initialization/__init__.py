@@ -1,0 +1,1 @@
+"""Initialization of LREC adapters from the float model."""

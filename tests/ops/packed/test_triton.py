@@ -1,0 +1,132 @@
+"""The Triton kernels against the naive reference: on a GPU, or under Triton's interpreter."""
+
+import pytest
+import torch
+from gptq_models import random_packed
+
+from peft_quant.ops import reference
+from peft_quant.ops.packed import triton as kernels
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = {
+    "per channel": {"group_size": -1},
+    "grouped": {"group_size": 32},
+    "ragged": {"group_size": 64},
+    "small odd groups": {"group_size": 24},
+    "groups smaller than a unit": {"group_size": 4},
+    "act-order": {"group_size": 32, "act_order": True},
+    "ragged act-order": {"group_size": 64, "act_order": True},
+    "signed per channel": {"group_size": -1, "signed": True},
+    "signed": {"group_size": 32, "signed": True},
+    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
+}
+BITS = (2, 3, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Output buffers begin as NaN, so that an element no program writes is seen."""
+    empty = torch.empty
+
+    def nan(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+def arguments(bits, layout, zero_offset, rows=96, columns=96):
+    options = LAYOUTS[layout]
+    packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **{"symmetric": False, **options})
+    tensors = {name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()}
+    g_idx = tensors["g_idx"] if options.get("act_order") else None
+    return packed, tensors, (g_idx, bits, packed.group_size, zero_offset)
+
+
+@pytest.mark.parametrize("zero_offset", (0, 1))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_is_exact(bits, layout, zero_offset):
+    packed, t, layout_arguments = arguments(bits, layout, zero_offset)
+    weight = kernels.dequantize(t["qweight"], t["qzeros"], t["scales"], *layout_arguments, torch.float32)
+    assert torch.equal(weight.cpu(), packed.weight)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("rows", "columns"), ((32, 32), (160, 224)))
+def test_sizes_and_dtypes(dtype, rows, columns):
+    packed, t, layout_arguments = arguments(4, "grouped", 1, rows, columns)
+    weight = kernels.dequantize(t["qweight"], t["qzeros"], t["scales"].float(), *layout_arguments, dtype)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates to bf16, the GPU rounds
+        torch.testing.assert_close(weight.cpu(), packed.weight.to(dtype), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(weight.cpu(), packed.weight.to(dtype))
+
+
+@pytest.mark.parametrize("tokens", (1, 70))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_scale_gradient(bits, layout, tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "_PRODUCT_ROWS", 64)
+    packed, t, layout_arguments = arguments(bits, layout, 1)
+    generator = torch.Generator().manual_seed(tokens)
+    x, dy = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
+    actual = kernels.linear_grad_scales(x.to(DEVICE), dy.to(DEVICE), t["qweight"], t["qzeros"], *layout_arguments)
+    tensors = packed.tensors
+    centered = reference.centered_codes(tensors["qweight"], tensors["qzeros"], tensors["g_idx"], bits, 1)
+    expected = reference.linear_grad_scales(x, dy, centered, tensors["g_idx"], tensors["scales"].shape[0])
+    # fp32 products summed in another order
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("tokens", (1, 17))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_few_tokens(bits, layout, tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_BITS", BITS)
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
+    packed, t, layout_arguments = arguments(bits, layout, 1, rows=288)
+    x = torch.randn(tokens, 288, generator=torch.Generator().manual_seed(tokens))
+    y = kernels.linear(x.to(DEVICE), t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
+    # fp32 sums of 288 products in another order
+    torch.testing.assert_close(y.cpu(), reference.linear(x, packed.weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_few_tokens_in_16_bits(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 product")
+    packed, t, layout_arguments = arguments(4, "grouped", 1, columns=128)
+    x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = kernels.linear(x.to(DEVICE), t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
+    assert y.shape == (2, 3, 128)
+    expected = reference.linear(x, packed.weight.to(dtype).float())
+    torch.testing.assert_close(y.cpu(), expected.to(dtype), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_linear_and_gradient_of_x(dtype):
+    packed, t, layout_arguments = arguments(4, "grouped", 1)
+    x, dy = (torch.randn(40, 96, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    packed_arguments = (t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
+    weight = packed.weight.to(dtype).float()
+    # sums of 96 products, rounded to the dtype at the end; the interpreter truncates weights to bf16
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 3e-2}
+    y = kernels.linear(x.to(DEVICE), *packed_arguments)
+    torch.testing.assert_close(y.cpu().float(), reference.linear(x, weight), **close)
+    dx = kernels.linear_grad_x(dy.to(DEVICE), *packed_arguments)
+    torch.testing.assert_close(dx.cpu().float(), reference.linear_grad_x(dy, weight), **close)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("rank", (1, 16, 40))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_add_product(dtype, rank, transposed):
+    y, a = (torch.randn(70, size, device=DEVICE).to(dtype) for size in (150, rank))
+    b = torch.randn(150, rank, device=DEVICE).to(dtype).t() if transposed else torch.randn(rank, 150).to(DEVICE, dtype)
+    expected = y.double() + 0.5 * a.double() @ b.double()
+    kernels.add_product_(y, a, b, 0.5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-10
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
