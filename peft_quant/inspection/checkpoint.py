@@ -196,7 +196,12 @@ def inspect_checkpoint(
         method = quantization.get("quant_method")
         raise ValueError(
             f"{path} is not a GPTQ checkpoint: its config.json says "
-            + (f"quant_method={method!r}." if method else "nothing of a quantization.")
+            + (
+                f"quant_method={method!r}."
+                if method
+                else "nothing of a quantization. If its files are packed, download "
+                "`quantize_config.json` or the whole `config.json` too."
+            )
         )
     declared = _declared(quantization, declared_zeros)
     if statistics is None:

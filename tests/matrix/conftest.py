@@ -24,7 +24,7 @@ class SupportTable:
     def pytest_runtest_logreport(self, report):
         if report.passed and report.when != "call":
             return
-        file, _, test = report.nodeid.rpartition("/")[2].partition("::")
+        file, _, test = report.nodeid.partition("::")
         outcome = "refused" if dict(report.user_properties).get("refused") else report.outcome
         self.outcomes.append((file, test, outcome))
 

@@ -40,7 +40,7 @@ def operations(runs):
     for run, count in zip(runs, counts):
         for file, test, outcome in run["outcomes"]:
             name, parameters = split(test)
-            if file == "test_matrix.py":
+            if file == "tests/matrix/test_matrix.py":
                 count[name.removeprefix("test_").replace("_", " "), parameters.partition(",")[0]][outcome] += 1
     yield ["operation", *(f"{method}, {run['versions']}" for method in METHODS for run in runs)]
     for operation in dict.fromkeys(operation for count in counts for operation, _ in count):
@@ -52,7 +52,7 @@ def families(run):
     found = defaultdict(dict)
     for file, test, outcome in run["outcomes"]:
         name, family = split(test)
-        if file == "test_families.py":
+        if file == "tests/families/test_families.py":
             found[family][name] = outcome
     yield [f"checkpoint ({run['versions']})", *COLUMNS]
     for family, outcomes in sorted(found.items()):
