@@ -17,9 +17,10 @@ from ..gptq.base_record import describe_checkpoint, require_base, stored_layers
 from ..gptq.checkpoint import Checkpoint
 from ..gptq.names import StoredNames
 from ..gptq.zero_points import declared_format
+from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 from ..tuners.peqa.config import PEQAConfig
-from ..tuners.saved import KEY_PREFIX, SCALES, require_trained
+from ..tuners.saved import require_trained
 from .card import README, inherited_metadata, update_card
 
 
@@ -153,8 +154,9 @@ def plan_merge(
         )
     checkpoint = Checkpoint.open(directory)
     _require_mergeable(checkpoint)
-    layers = [key.removeprefix(KEY_PREFIX).removesuffix(SCALES) for key in weights if key.endswith(SCALES)]
-    others = [key.removeprefix(KEY_PREFIX) for key in weights if not key.endswith(SCALES)]
+    keys = [split_adapter_key(key) for key in weights]
+    layers = [name for name, parameter in keys if parameter == SCALE_DELTAS]
+    others = [name for name, parameter in keys if not parameter]
     names = StoredNames(checkpoint, config.task_type)
     layer_names, other_names = names.layers(layers), names.tensors(others)
 
@@ -165,7 +167,7 @@ def plan_merge(
     others = [name for name in others if name in trained]
     _require_stored(checkpoint, config, layers, layer_names)
     _require_alone(checkpoint, others, other_names, names.ties() if others else {})
-    deltas = {f"{layer_names[name]}.scales": trained[f"{name}{SCALES}"] for name in layers}
+    deltas = {f"{layer_names[name]}.scales": trained[f"{name}.{SCALE_DELTAS}"] for name in layers}
     replaced = {other_names[name]: trained[name] for name in others}
     _require_shapes(checkpoint, config, {**deltas, **replaced})
     _require_base(checkpoint, config, layer_names)

@@ -20,12 +20,9 @@ import torch
 
 from ..gptq import PackedFormat, PackedTensors
 from ..gptq.layer import dequantize_tensors
+from ..module_names import LOW_RANK, SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 
-
-KEY_PREFIX = "base_model.model."
-_DELTA = ".peqa_scales"
-_LOW_RANK = (".lora_A.weight", ".lora_B.weight")
 
 BaseLayer = Callable[[str], "tuple[PackedTensors, PackedFormat]"]
 """Gives a layer of the base by its name."""
@@ -123,17 +120,15 @@ def split_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.T
     """
     layers: dict[str, tuple[torch.Tensor, ...]] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        if name.endswith(_DELTA):
-            layers[name.removesuffix(_DELTA)] = (tensor,)
-        for suffix, other in (_LOW_RANK, _LOW_RANK[::-1]):
-            if not name.endswith(suffix) or tensor.ndim != 2:  # convolutions have other shapes
-                continue
-            partner = key.removesuffix(suffix) + other
+        name, parameter = split_adapter_key(key)
+        if parameter == SCALE_DELTAS:
+            layers[name] = (tensor,)
+        elif parameter in LOW_RANK and tensor.ndim == 2:  # convolutions have other shapes
+            a, b = (key.removesuffix(parameter) + other for other in LOW_RANK)
+            partner = b if key == a else a
             if partner not in tensors:
                 raise ValueError(f"The adapter has {key} but no {partner}: it is damaged, save or download it again.")
-            if suffix == _LOW_RANK[0]:
-                layers[name.removesuffix(suffix)] = (tensor, tensors[partner])
+            layers[name] = (tensors[a], tensors[b])
     for name, parts in layers.items():
         bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
         if bad:

@@ -11,6 +11,7 @@ from peft.utils.other import infer_device
 from peft.utils.save_and_load import load_peft_weights
 
 from ..gptq.fingerprint import is_sampled
+from ..module_names import SCALE_DELTAS
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer, check_finite
@@ -84,7 +85,7 @@ def hotswap_adapter(
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter` before replacing it.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
-    expected = {f"{name}.peqa_scales" for name in layers}
+    expected = {f"{name}.{SCALE_DELTAS}" for name in layers}
     if weights.keys() != expected:
         difference = sorted(weights.keys() ^ expected)
         raise ValueError(
@@ -96,4 +97,4 @@ def hotswap_adapter(
     model.base_model.require_base(adapter_name, new.base_quantization, new.base_model_name_or_path)
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.peqa_scales[adapter_name].copy_(weights[f"{name}.peqa_scales"])
+            layer.peqa_scales[adapter_name].copy_(weights[f"{name}.{SCALE_DELTAS}"])

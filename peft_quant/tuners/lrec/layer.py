@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ... import gptq
-from ..packed import AdaptedLinear
+from ..layer import AdaptedLinear
 from .config import LRECConfig
 
 
@@ -89,7 +89,7 @@ class LRECLinear(AdaptedLinear, LoraLayer):
             del base_layer.bias
             base_layer.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
 
-    def own(self, adapter_names: list[str]) -> list[str]:
+    def known_adapters(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lora_A]
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:

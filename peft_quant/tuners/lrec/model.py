@@ -14,7 +14,7 @@ from torch import nn
 from ... import gptq
 from ...gptq.base_record import digests
 from ...gptq.fingerprint import fingerprint
-from ..packed import PackedTuner
+from ..model import PackedTuner
 from .config import FLOAT_STARTS, LRECConfig
 from .layer import CANNOT_MERGE, LRECLinear
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ... import gptq
 from ...ops import round_scales_straight_through
-from ..packed import AdaptedLinear
+from ..layer import AdaptedLinear
 from .config import PEQAConfig
 
 
@@ -82,7 +82,7 @@ class PEQALayer(AdaptedLinear):
                 return self.serving_dtype[name]
         return None
 
-    def own(self, adapter_names: list[str]) -> list[str]:
+    def known_adapters(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.peqa_scales]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -95,7 +95,7 @@ class PEQALayer(AdaptedLinear):
         Raises:
             ValueError: an adapter holds NaN or infinite values. Nothing is changed then.
         """
-        adapter_names = self.own(check_adapters_to_merge(self, adapter_names))
+        adapter_names = self.known_adapters(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
         all_merged = [*self.merged_adapters, *adapter_names]
@@ -110,7 +110,7 @@ class PEQALayer(AdaptedLinear):
 
     def check_finite(self, adapter_names: list[str], layer_name: str = "layer") -> None:
         """Raise a `ValueError` naming the adapter if one of the given ones holds NaN or infinite values."""
-        for name in self.own(adapter_names):
+        for name in self.known_adapters(adapter_names):
             check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
     def unmerge(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..packed import PackedTuner
+from ..model import PackedTuner
 from .layer import PEQALayer, PEQALinear
 
 

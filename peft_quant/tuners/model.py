@@ -1,151 +1,34 @@
-"""What the methods share: finding the GPTQ layers to adapt, matching an adapter with its base, batches of adapters."""
+"""Base class of the methods: target layers, the base an adapter belongs to, mixed batches."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import gptq
 from ..gptq.base_record import Layers, describe_base, digests, require_base
-from ..gptq.dtypes import Apply, activation_dtype, after_cast, warn_of_cast_scales, weight_without_values, without_cast
+from ..gptq.dtypes import Apply, activation_dtype, warn_of_cast_scales, without_cast
 from ..gptq.fingerprint import fingerprint
 from ..gptq.loading import require_readable
 from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
-from ..registry import ask_for_weight, check_adapters
+from ..registry import ask_for_weight
+from .layer import AdaptedLinear
 from .proof import prove_first_step
-from .saved import require_trained
+from .recorded_base import RecordedBase, copy_without_record, shared_config
 
 
 _ALL_LINEAR = "all-linear"
-
-
-class FilledIn(dict[str, Any]):
-    """The `base_quantization` of a config that a model in memory filled in. One that was loaded is a plain dict.
-
-    A loaded one names the only base the config is good for. This one only says what the model is, and how the config
-    was before, so that the config can be used on another base too.
-
-    Attributes:
-        base_name: the model's `base_model_name_or_path`.
-        given_targets: `target_modules` before.
-        targets: `target_modules` since.
-        layers: the names of the adapted layers.
-    """
-
-    base_name: str | None = None
-    given_targets: Any = None
-    targets: Any = None
-    layers: frozenset[str] = frozenset()
-
-
-class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A GPTQ linear layer with adapters.
-
-    Attributes:
-        base_layer: the GPTQ layer.
-        packed: the format of the GPTQ layer.
-        activation_dtype: what the model computes in, and so the dtype of `weight`.
-        first_to_move: the containers, among `adapter_layer_names`, that the first optimizer step must change.
-    """
-
-    base_layer: nn.Module
-    packed: gptq.PackedFormat
-    activation_dtype: torch.dtype = torch.float32
-    first_to_move: tuple[str, ...]
-    adapter_layer_names: tuple[str, ...]
-
-    active_adapters: list[str]
-    get_base_layer: Callable[[], nn.Module]
-    set_adapter: Callable[..., None]
-    unmerge: Callable[[], None]
-    update_layer: Callable[..., None]
-
-    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """`[..., K]` to `[..., N]` under the given adapters, which are the layer's own and not merged."""
-        raise NotImplementedError
-
-    def own(self, adapter_names: list[str]) -> list[str]:
-        """Those of the given adapters that the layer has."""
-        raise NotImplementedError
-
-    def base_tensors(self) -> gptq.PackedTensors:
-        """The packed tensors of the base model, whether or not adapters are merged into them."""
-        return gptq.packed_tensors(self.get_base_layer())
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The shape, the device and the dtype of the weight, for code that asks for these; it has no values."""
-        return weight_without_values(self.get_base_layer(), self.packed, self.activation_dtype)
-
-    def kept_from_casts(self) -> list[torch.Tensor]:
-        """Those of the layer's tensors whose dtype stays when the model is cast."""
-        return [gptq.packed_tensors(self.get_base_layer()).scales]
-
-    def _apply(self, fn: Apply, recurse: bool = True) -> Any:
-        self.activation_dtype = after_cast(fn, self.activation_dtype)
-        return super()._apply(without_cast(fn, self.kept_from_casts()), recurse)
-
-    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Change the dtype of an adapter's parameters, which stay the same objects."""
-        for container in self.adapter_layer_names:
-            adapters = getattr(self, container)
-            if adapter_name in adapters:
-                adapter = adapters[adapter_name]
-                for parameter in [adapter] if isinstance(adapter, nn.Parameter) else adapter.parameters():
-                    parameter.data = parameter.data.to(dtype)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.adapted_forward(x, [])
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names)
-        return self.adapted_forward(x, [] if self.merged else self.own(self.active_adapters))
-
-    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        outputs: dict[str, torch.Tensor] = {}
-        rows = torch.empty(len(x), dtype=torch.long)
-        order: list[int] = []
-        for name in dict.fromkeys(adapter_names):
-            indices = [i for i, sample_adapter in enumerate(adapter_names) if sample_adapter == name]
-            outputs[name] = self.adapted_forward(x[indices], self.own([name]))
-            order += indices
-        rows[torch.tensor(order)] = torch.arange(len(x))
-        return torch.cat(list(outputs.values()))[rows.to(x.device)]
-
-    def get_base_weight(self) -> torch.Tensor:
-        """The base layer's weight, decoded: fp32 `[out_features, in_features]`."""
-        return gptq.dequantize(self.get_base_layer(), self.packed)
-
-    def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        raise TypeError("The weight of a GPTQ layer is packed; it cannot be replaced by a dense one.")
 
 
 class PackedTuner(BaseTuner):
@@ -172,34 +55,13 @@ class PackedTuner(BaseTuner):
         packed_layers = packed_modules(self.model)
         if not packed_layers:
             raise ValueError(_no_packed_layers(self.model, peft_config.peft_type.value))
-        given, config = peft_config, copy(peft_config)
-        before = given.base_quantization
-        if isinstance(before, FilledIn):
-            config.base_quantization = None
-            if config.target_modules == before.targets:
-                config.target_modules = before.given_targets
-        given_targets = config.target_modules
-        if given_targets is None or (isinstance(given_targets, str) and given_targets.lower() == _ALL_LINEAR):
-            config.target_modules = self._default_targets(config, packed_layers)
-        self._formats = self._read_targets(config, packed_layers)
+        targets = peft_config.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == _ALL_LINEAR):
+            peft_config.target_modules = self._default_targets(peft_config, packed_layers)
+        self._formats = self._read_targets(peft_config, packed_layers)
         if self._formats:
-            self._match_base(config, packed_layers)
-        found = config.base_quantization
-        if isinstance(found, FilledIn):
-            found.base_name, found.given_targets = config.base_model_name_or_path, given_targets
-            found.layers, found.targets = frozenset(self._formats), config.target_modules
-        if isinstance(before, FilledIn):
-            same = {**vars(given), "target_modules": None} == {**vars(config), "target_modules": None}
-            if same and (before.base_name, before.layers) == (found.base_name, found.layers):
-                given.base_quantization = found
-                return given
-            # the config goes on being the other model's, whose name PEFT has just replaced by this one's
-            given.base_model_name_or_path = before.base_name
-            (*_, adapter_name) = (name for name, entered in self.peft_config.items() if entered is given)
-            self.peft_config[adapter_name] = config
-            return config
-        vars(given).update(vars(config))
-        return given
+            self._match_base(peft_config, packed_layers)
+        return peft_config
 
     def _default_targets(self, config: Any, packed_layers: dict[str, nn.Module]) -> set[str]:
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
@@ -262,7 +124,7 @@ class PackedTuner(BaseTuner):
         expected = config.base_quantization
         if expected is not None:
             require_base(expected, layers, found, config.base_model_name_or_path)
-        config.base_quantization = FilledIn(found) if expected is None else found
+        config.base_quantization = RecordedBase(found) if expected is None else found
         return of_layers
 
     def _base_layers(
@@ -290,7 +152,7 @@ class PackedTuner(BaseTuner):
         adapted = {
             name: layer
             for name, layer in self.model.named_modules()
-            if isinstance(layer, self.linear_class) and layer.own([adapter_name])
+            if isinstance(layer, self.linear_class) and layer.known_adapters([adapter_name])
         }
         layers = self._base_layers({name: layer.packed for name, layer in adapted.items()}, {})
         if layers:
@@ -325,10 +187,11 @@ class PackedTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        given = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = copy_without_record(given)
+        given_targets = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        if isinstance(config.base_quantization, FilledIn):
-            config.base_quantization.targets = config.target_modules  # PEFT shortens long sets of names
+        self.peft_config[adapter_name] = shared_config(given, config, given_targets, self._formats)
         keep_checkpoint_format(model)
         if not config.inference_mode:
             prove_first_step(model, self.linear_class)
@@ -383,7 +246,7 @@ class PackedTuner(BaseTuner):
                 "Cannot pass `adapter_names` when the model is in training mode: call `model.eval()` first."
             )
         layers = [module for module in self.modules() if isinstance(module, self.linear_class)]
-        known = {name for layer in layers for name in layer.own(list(self.peft_config))} | {"__base__"}
+        known = {name for layer in layers for name in layer.known_adapters(list(self.peft_config))} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(
@@ -404,46 +267,6 @@ class PackedTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_saved(
-    model: PreTrainedModel | PeftModel, path: str, adapter_name: str, given: Any, hub_options: dict[str, Any]
-) -> None:
-    """Check an adapter's files before it is loaded; see [`check_adapters`]."""
-    try:
-        config: Any = PeftConfig.from_pretrained(path, **hub_options)
-    except ValueError:  # it has no configuration of its own, which PEFT does not need if it is given one
-        config = given
-    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
-        return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weights = load_peft_weights(path, device="cpu", **hub_options)
-    require_trained(path, config, weights, partial(_stored_rows, base))
-    recorded = config.base_quantization
-    if recorded is None:
-        warnings.warn(
-            f"{path} does not record the base it was trained on: that it is this model was not checked.", stacklevel=3
-        )
-    elif given is not None and isinstance(model, PeftModel):
-        model.base_model.require_base(adapter_name, recorded, config.base_model_name_or_path)
-    elif given is not None:
-        given.base_quantization = recorded
-
-
-def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
-    """A tensor of a model without adapters, with as many rows as in the model's files, if these are known."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(model.get_submodule(module), attribute, None)
-    except AttributeError:
-        return None
-    tensor = found if isinstance(found, torch.Tensor) else None
-    source = Source.of(model, ())
-    stored = None if source is None else source.checkpoint.tensors.get(name)
-    return tensor if tensor is None or stored is None else tensor[: stored.shape[0]]
-
-
-check_adapters(_check_saved)
 
 
 ask_for_weight(is_prepared)
