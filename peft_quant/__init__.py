@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plots.layer_changes import plot_layer_changes
     from .plots.layer_errors import plot_layer_errors
     from .qft import Int8Weight, QFTConfig, QuantizedLion, quantize_model
-    from .trainers.distillation.teacher import cache_teacher
+    from .trainers.distillation.cache import cache_teacher
     from .trainers.distillation.trainer import LRECTrainer, LRECTrainingArguments
     from .trainers.qft import QFTArguments, QFTMixin, QFTTrainer
     from .trainers.report.callback import ReportCallback
@@ -84,7 +84,7 @@ _LAZY = {
     "RepackedLayerError": "gptq",
     "ReportCallback": "trainers.report.callback",
     "TrainingError": "first_step",
-    "cache_teacher": "trainers.distillation.teacher",
+    "cache_teacher": "trainers.distillation.cache",
     "compare_adapters": "inspection",
     "estimate_memory": "estimate",
     "export_lora": "export.lora",

@@ -1,4 +1,4 @@
-"""Training an LREC branch so that the quantized model says what the float one does."""
+"""Distillation of the float model into an LREC adapter of the quantized one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...tuners.lrec.layer import LRECLinear
+from .cache import CachedTeacher, data_fingerprint
 from .loss import IGNORED, distillation_loss
-from .teacher import CachedTeacher, ModelTeacher, data_fingerprint, last_hidden_state, tokenizer_fingerprint
+from .teacher import ModelTeacher, last_hidden_state, tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
