@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .trainers.report.callback import ReportCallback
     from .tuners.hotswap import hotswap_adapter
     from .tuners.lrec import LRECConfig, LRECModel
-    from .tuners.lrec.initialization.initialize import initialize_lrec_weights
+    from .tuners.lrec.initialization import initialize_lrec_weights
     from .tuners.peqa import PEQAConfig, PEQAModel
 
 __all__ = [
@@ -90,7 +90,7 @@ _LAZY = {
     "export_lora": "export.lora",
     "export_qft": "export.int8",
     "hotswap_adapter": "tuners.hotswap",
-    "initialize_lrec_weights": "tuners.lrec.initialization.initialize",
+    "initialize_lrec_weights": "tuners.lrec.initialization",
     "inspect_adapter": "inspection",
     "inspect_checkpoint": "inspection",
     "merge_checkpoint": "export.merge",

@@ -18,8 +18,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         base_layer: the GPTQ layer.
-        packed: the format of the GPTQ layer.
-        activation_dtype: what the model computes in, and so the dtype of `weight`.
+        packed: its format.
+        activation_dtype: the dtype that the model computes in, which is also that of `weight`.
         first_to_move: the containers, among `adapter_layer_names`, that the first optimizer step must change.
     """
 
@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     update_layer: Callable[..., None]
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """`[..., K]` to `[..., N]` under the given adapters, which are the layer's own and not merged."""
+        """`[..., K]` to `[..., N]` with the given adapters, all known to the layer and none merged."""
         raise NotImplementedError
 
     def known_adapters(self, adapter_names: list[str]) -> list[str]:
@@ -49,11 +49,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The shape, the device and the dtype of the weight, for code that asks for these; it has no values."""
+        """A tensor without values, for code that needs the shape, device or dtype of the weight."""
         return weight_without_values(self.get_base_layer(), self.packed, self.activation_dtype)
 
     def kept_from_casts(self) -> list[torch.Tensor]:
-        """Those of the layer's tensors whose dtype stays when the model is cast."""
+        """The layer's tensors that keep their dtype when the model is cast."""
         return [gptq.packed_tensors(self.get_base_layer()).scales]
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return super()._apply(without_cast(fn, self.kept_from_casts()), recurse)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Change the dtype of an adapter's parameters, which stay the same objects."""
+        """Change the dtype of an adapter's parameters in place."""
         for container in self.adapter_layer_names:
             adapters = getattr(self, container)
             if adapter_name in adapters:

@@ -32,7 +32,7 @@ _ALL_LINEAR = "all-linear"
 
 
 class PackedTuner(BaseTuner):
-    """A method that adapts GPTQ layers. What a model or an adapter gets wrong is raised before the model changes.
+    """A method that adapts GPTQ layers. Errors in a model or an adapter are raised before the model changes.
 
     Attributes:
         linear_class: the method's layer, made as `linear_class(base_layer, adapter_name, config, packed, **options)`
@@ -42,7 +42,7 @@ class PackedTuner(BaseTuner):
     linear_class: type[AdaptedLinear]
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
-        """Casts leave the scales of all GPTQ layers in their dtype, of those without an adapter too."""
+        """Casts leave the scales of all GPTQ layers in their dtype, with or without an adapter."""
         scales = [getattr(layer, "scales", None) for layer in packed_modules(self.model).values()]
         return super()._apply(without_cast(fn, [kept for kept in scales if kept is not None]), recurse)
 
@@ -105,19 +105,19 @@ class PackedTuner(BaseTuner):
         return formats
 
     def _match_base(self, config: Any, packed_layers: dict[str, nn.Module]) -> dict[str, bytes]:
-        """Record the base an adapter is for, or refuse one that was trained on another.
+        """Record the base of a new adapter, or refuse an adapter that was trained on another base.
 
         Returns:
-            The digests of the layers to adapt, by name, or none without values.
+            The digests of the layers to adapt, by name; empty if the layers have no values.
         """
         layers = self._base_layers(self._formats, packed_layers)
         if layers is None:
             return {}
-        of_layers = digests(layers)
+        layer_digests = digests(layers)
         source = Source.of(self.model, packed_layers.keys())
         found = describe_base(
             self._formats.values(),
-            fingerprint(of_layers.values()),
+            fingerprint(layer_digests.values()),
             checkpoint_format(self.model),
             None if source is None else source.digest(layers),
         )
@@ -125,12 +125,12 @@ class PackedTuner(BaseTuner):
         if expected is not None:
             require_base(expected, layers, found, config.base_model_name_or_path)
         config.base_quantization = RecordedBase(found) if expected is None else found
-        return of_layers
+        return layer_digests
 
     def _base_layers(
         self, formats: dict[str, gptq.PackedFormat], packed_layers: dict[str, nn.Module]
     ) -> Layers | None:
-        """GPTQ layers as they are without adapters, or None without values."""
+        """GPTQ layers as they are without adapters, or None if they have no values."""
         layers = {}
         for name, packed in formats.items():
             adapted = self.model.get_submodule(name)
@@ -139,12 +139,12 @@ class PackedTuner(BaseTuner):
         return None if any(tensors.qweight.is_meta for tensors, _ in layers.values()) else layers
 
     def require_base(self, adapter_name: str, recorded: Mapping[str, Any], base: str | None) -> None:
-        """Check that the model is the base that another adapter of the same layers recorded.
+        """Check that the model is the base recorded by another adapter of the same layers.
 
         Args:
             adapter_name: a loaded adapter with these layers.
-            recorded: `base_quantization` of the other one.
-            base: what it calls its base.
+            recorded: `base_quantization` of the other adapter.
+            base: the other adapter's name for its base.
 
         Raises:
             ValueError: it is another base.
@@ -183,7 +183,7 @@ class PackedTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own copies `weight` to the new module, which GPTQ layers do not have
+        # PEFT's version copies `weight`, which GPTQ layers lack, to the new module
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -197,7 +197,7 @@ class PackedTuner(BaseTuner):
             prove_first_step(model, self.linear_class)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32, or without autocasting the dtype of the model, of its scales where it has none."""
+        """fp32, or without autocasting the dtype of the model, or of its scales if it has none."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -223,8 +223,8 @@ class PackedTuner(BaseTuner):
         names = [module for name in adapters for module in self.peft_config[name].modules_to_save or []]
         return list(dict.fromkeys(names)) or None
 
-    def _take_over_modules(self, adapters: list[str], adapter_name: str) -> None:
-        """Give a combination the modules that one of the adapters trained whole; PEFT gave it copies of the base's."""
+    def _copy_modules(self, adapters: list[str], adapter_name: str) -> None:
+        """Copy the `modules_to_save` of the adapters to their combination, to which PEFT gave the base's."""
         for wrapper in self._wrappers():
             for name in adapters:
                 if name in wrapper.modules_to_save:
@@ -236,7 +236,7 @@ class PackedTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one name (or "__base__") a sample, to the layers: mixed batches at inference."""
+        """Pass `adapter_names`, one name (or "__base__") per sample, to the layers: mixed batches at inference."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -273,7 +273,7 @@ ask_for_weight(is_prepared)
 
 
 def _warn_if_mislabelled(formats: dict[str, gptq.PackedFormat]) -> None:
-    """Some checkpoints hold symmetric zero points in one format and declare the other; the model is then useless."""
+    """Some checkpoints store symmetric zero points in one format and declare the other, which ruins the model."""
     suspects = [
         name
         for name, packed in formats.items()

@@ -13,8 +13,8 @@ from .layer import PEQALayer, PEQALinear
 
 
 class PEQAModel(PackedTuner):
-    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers alone (PEQA, Kim et al., 2023, arXiv
-    2305.14152). Because only scales change, the merged model is again a plain GPTQ checkpoint.
+    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers unchanged (PEQA, Kim et al., 2023,
+    arXiv 2305.14152). Because only scales change, the merged model is again a plain GPTQ checkpoint.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
@@ -60,18 +60,18 @@ class PEQAModel(PackedTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         quantization_config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         if merge and getattr(quantization_config, "backend", None) is not None:
-            quantization_config.backend = "auto"  # whoever serves the merged model need not use the training kernel
+            quantization_config.backend = "auto"  # the merged model need not be served with the training kernel
         return model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose scale deltas are the weighted sum of those of other adapters. Exact: deltas are linear.
+        """Add an adapter whose scale deltas are the weighted sum of those of other adapters, exactly.
 
         Args:
-            adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is taken
-                over as it is.
-            weights: one weight an adapter; negative ones subtract.
+            adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is copied
+                unchanged.
+            weights: one weight per adapter; negative ones subtract.
             adapter_name: name of the new adapter. Nothing happens if there is one of that name.
             combination_type: `"linear"`.
 
@@ -110,5 +110,5 @@ class PEQAModel(PackedTuner):
                 for name, weight in zip(adapters, weights):
                     if name in layer.peqa_scales:
                         layer.peqa_scales[adapter_name].add_(layer.peqa_scales[name], alpha=weight)
-        self._take_over_modules(adapters, adapter_name)
+        self._copy_modules(adapters, adapter_name)
         self.set_requires_grad(adapter_name, False)

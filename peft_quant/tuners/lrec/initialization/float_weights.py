@@ -62,13 +62,12 @@ class _Module:
 
 
 class FloatWeights:
-    """The float weights of given layers. A checkpoint's are read from its files when asked for, one tensor at a time.
+    """The float weights of given layers. Those of a checkpoint are read on demand, one tensor at a time.
 
     Args:
         source: directory or Hub id of a float checkpoint in safetensors, sharded or not, or a float model.
         shapes: `(N, K)` of each layer, by its name in the GPTQ model.
-        base_model_prefix: what transformers puts before names in a model with a head, which a checkpoint of the model
-            without it lacks.
+        base_model_prefix: prefix of names in a model with a head, absent in a checkpoint of the model without one.
         revision: branch, tag or commit, if `source` is a Hub id.
         token: Hub token.
 
@@ -96,7 +95,11 @@ class FloatWeights:
                     os.fspath(source), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
                 )
             self.weights = _Files(Checkpoint.open(source))
-        self.names = {layer: self._find(layer, base_model_prefix) for layer in shapes}
+        self.names: dict[str, str] = {}
+        for layer in shapes:
+            name = self._find(layer, base_model_prefix)
+            if name is not None:
+                self.names[layer] = name
         self._check(shapes)
 
     def _find(self, layer: str, prefix: str) -> str | None:
@@ -106,7 +109,7 @@ class FloatWeights:
         return None
 
     def _check(self, shapes: dict[str, tuple[int, int]]) -> None:
-        missing = [layer for layer, name in self.names.items() if name is None]
+        missing = [layer for layer in shapes if layer not in self.names]
         if any(f"{layer}.qweight" in self.weights for layer in missing):
             raise ValueError(
                 f"{self.weights} holds GPTQ-packed weights. Pass the float model that it was quantized from."
@@ -114,44 +117,39 @@ class FloatWeights:
         if missing:
             raise ValueError(
                 f"{self.weights} lacks the weights of {len(missing)} of {len(shapes)} adapted layers: "
-                f"{_listed([f'{layer}.weight' for layer in missing])}. If they are fused or tied in its files, or "
+                f"{_first_of([f'{layer}.weight' for layer in missing])}. If they are fused or tied in its files, or "
                 "have other names there, load the float model with `from_pretrained` and pass that; if it has no such "
                 "layers, leave them out with `exclude_modules`."
             )
         wrong = [
             f"{layer} has {list(shape)}, the float weight {list(found)}"
             for layer, shape in shapes.items()
-            if sorted(found := self.weights.shape(self._name(layer))) != sorted(shape)
+            if sorted(found := self.weights.shape(self.names[layer])) != sorted(shape)
         ]
         if wrong:
             raise ValueError(
                 f"{self.weights} is not the model this GPTQ model was quantized from: {len(wrong)} of {len(shapes)} "
-                f"adapted layers have another shape: {_listed(wrong)}. Pass the float model of the same architecture "
-                "and size."
+                f"adapted layers have another shape: {_first_of(wrong)}. Pass the float model of the same "
+                "architecture and size."
             )
 
-    def _name(self, layer: str) -> str:
-        name = self.names[layer]
-        assert name is not None  # checked on construction
-        return name
-
     def error(self, layer: str, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What quantization changed.
+        """The quantization error of a layer.
 
-        Weights of transformers' `Conv1D` lie transposed; of a square weight, the way that is nearer to the decoded one
-        is taken.
+        Weights of transformers' `Conv1D` are stored transposed; a square weight is taken in the orientation that is
+        nearer to the decoded one.
 
         Args:
             layer: name of the layer.
             decoded: the layer's decoded weight, fp32 `[N, K]`.
 
         Returns:
-            The float weight and the float weight less the decoded one, fp32 `[N, K]`, on the device of `decoded`.
+            The float weight, and the float weight less the decoded one, fp32 `[N, K]`, on the device of `decoded`.
 
         Raises:
             ValueError: the float weight is offloaded, not in floating point, or not finite.
         """
-        name = self._name(layer)
+        name = self.names[layer]
         weight = self.weights.tensor(name)
         if weight.dtype not in _FLOAT_DTYPES or weight.is_meta:
             held = "offloaded" if weight.is_meta else f"held as {weight.dtype}"
@@ -162,11 +160,11 @@ class FloatWeights:
         weight = weight.to(decoded.device, torch.float32)
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name} of {self.weights} holds NaN or infinite values: download it again.")
-        ways = [way for way in (weight, weight.t()) if way.shape == decoded.shape]
-        weight = min(ways, key=lambda way: float((way - decoded).norm()))
+        candidates = [each for each in (weight, weight.t()) if each.shape == decoded.shape]
+        weight = min(candidates, key=lambda each: float((each - decoded).norm()))
         return weight, weight - decoded
 
 
-def _listed(items: list[str], shown: int = 5) -> str:
+def _first_of(items: list[str], shown: int = 5) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(items[:shown]) + more
