@@ -131,7 +131,7 @@ def register_methods() -> None:
 
     replace_quantizer("gptq", GPTQCheckpointQuantizer)
     from .export import card_hooks  # noqa: F401
-    from .tuners import hotswap, lrec, peqa, saved  # noqa: F401
+    from .tuners import lrec, peqa, saved  # noqa: F401
 
 
 if not is_command_line():

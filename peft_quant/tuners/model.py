@@ -46,6 +46,10 @@ class PackedTuner(BaseTuner):
         scales = [getattr(layer, "scales", None) for layer in packed_modules(self.model).values()]
         return super()._apply(without_cast(fn, [kept for kept in scales if kept is not None]), recurse)
 
+    def _adapted_layers(self) -> dict[str, Any]:
+        """The method's layers, by name."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, self.linear_class)}
+
     def _layer_options(self, config: Any, name: str) -> dict[str, Any]:
         """Options of one layer."""
         return {}
@@ -149,12 +153,12 @@ class PackedTuner(BaseTuner):
         Raises:
             ValueError: it is another base.
         """
-        adapted = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, self.linear_class) and layer.known_adapters([adapter_name])
+        formats = {
+            name: layer.packed
+            for name, layer in self._adapted_layers().items()
+            if layer.known_adapters([adapter_name])
         }
-        layers = self._base_layers({name: layer.packed for name, layer in adapted.items()}, {})
+        layers = self._base_layers(formats, {})
         if layers:
             require_base(recorded, layers, self.peft_config[adapter_name].base_quantization, base)
 
@@ -202,9 +206,8 @@ class PackedTuner(BaseTuner):
         if autocast_adapter_dtype:
             return
         dtype = self.model.dtype if isinstance(self.model, PreTrainedModel) else None
-        for layer in self.modules():
-            if isinstance(layer, self.linear_class):
-                layer.cast_adapter(adapter_name, dtype or layer.base_tensors().scales.dtype)
+        for layer in self._adapted_layers().values():
+            layer.cast_adapter(adapter_name, dtype or layer.base_tensors().scales.dtype)
 
     def _modules_to_save(self, adapters: list[str]) -> list[str] | None:
         """The `modules_to_save` of a combination of adapters.
@@ -245,7 +248,7 @@ class PackedTuner(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when the model is in training mode: call `model.eval()` first."
             )
-        layers = [module for module in self.modules() if isinstance(module, self.linear_class)]
+        layers = self._adapted_layers().values()
         known = {name for layer in layers for name in layer.known_adapters(list(self.peft_config))} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:

@@ -87,7 +87,7 @@ class LRECModel(PackedTuner, LoraModel):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         if any(config.bias != "none" for config in self.peft_config.values()):
-            for _, layer in self._adapted_layers():
+            for layer in self._adapted_layers().values():
                 layer.free_bias()
         super()._mark_only_adapters_as_trainable(model)
 
@@ -97,7 +97,7 @@ class LRECModel(PackedTuner, LoraModel):
         if bias == "all":
             found = any(name.endswith("bias") for name, _ in model.named_parameters())
         else:
-            found = bias == "none" or any(layer.bias is not None for _, layer in self._adapted_layers())
+            found = bias == "none" or any(layer.bias is not None for layer in self._adapted_layers().values())
         if not found:
             warnings.warn(f"bias={bias!r}, but there are no biases to train: the option does nothing.", stacklevel=2)
 
@@ -138,7 +138,7 @@ class LRECModel(PackedTuner, LoraModel):
         for name, config in given.items():
             self.peft_config[name] = replace(
                 config,
-                target_modules=[key for key, layer in self._adapted_layers() if name in layer.lora_A],
+                target_modules=[key for key, layer in self._adapted_layers().items() if name in layer.lora_A],
                 exclude_modules=None,
                 layers_to_transform=None,
                 layers_pattern=None,
@@ -153,11 +153,8 @@ class LRECModel(PackedTuner, LoraModel):
             self._copy_modules(adapters, adapter_name)
         finally:
             self.peft_config.update(given)
-        for _, layer in self._adapted_layers():
+        for layer in self._adapted_layers().values():
             if adapter_name in layer.lora_A:
                 for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
                     # the `svd` combination is a strided view that keeps all singular vectors alive
                     matrix.weight.data = matrix.weight.data.clone(memory_format=torch.contiguous_format)
-
-    def _adapted_layers(self) -> list[tuple[str, LRECLinear]]:
-        return [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LRECLinear)]

@@ -52,9 +52,8 @@ class PEQAModel(PackedTuner):
     def _check_merge_allowed(self) -> None:
         """Check all layers before the first is merged, so that a damaged adapter leaves none of them merged."""
         super()._check_merge_allowed()
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, PEQALayer):
-                layer.check_finite(layer.active_adapters, name)
+        for name, layer in self._adapted_layers().items():
+            layer.check_finite(layer.active_adapters, name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -91,8 +90,8 @@ class PEQAModel(PackedTuner):
         modules_to_save = self._modules_to_save(adapters)
         layers = {
             name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, PEQALayer) and any(adapter in layer.peqa_scales for adapter in adapters)
+            for name, layer in self._adapted_layers().items()
+            if any(adapter in layer.peqa_scales for adapter in adapters)
         }
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
