@@ -18,14 +18,14 @@ from .config import PEQAConfig
 
 
 class PEQALayer(AdaptedLinear):
-    """What PEQA adds to a GPTQ layer.
+    """The adapters of a GPTQ layer.
 
     Each adapter is one delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    with `round` to what the checkpoint can store, on the side of zero where the scale is, and the straight-through
-    gradient, so that merging changes nothing.
+    where `round` gives a value of the same sign as the scale that the checkpoint can store, so that merging changes
+    nothing. Its gradient is straight-through.
     """
 
     adapter_layer_names = ("peqa_scales",)
@@ -59,7 +59,7 @@ class PEQALayer(AdaptedLinear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own would also cast the fp32 delta to the dtype of `weight`, fp16 on gptqmodel's layers
+        # PEFT's version would also cast the fp32 delta to the dtype of `weight`, fp16 on gptqmodel's layers
         delta = self.peqa_scales[adapter_name]
         if not delta.is_meta:
             delta.data = delta.data.to(device or self.base_scales.device)
@@ -89,11 +89,11 @@ class PEQALayer(AdaptedLinear):
         """Write the tuned scales into the base layer. Deltas of several adapters add up in fp32 and are rounded once.
 
         Args:
-            safe_merge: accepted for PEFT's sake; the check it asks for is always made.
+            safe_merge: ignored: its check is always made.
             adapter_names: the adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: an adapter holds NaN or infinite values. Nothing is changed then.
+            ValueError: an adapter holds NaN or infinite values. The layer is unchanged then.
         """
         adapter_names = self.known_adapters(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
@@ -114,7 +114,7 @@ class PEQALayer(AdaptedLinear):
             check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
     def unmerge(self) -> None:
-        """Give the base layer its own scales back, bit by bit."""
+        """Restore the scales of the base layer, bit by bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
