@@ -23,10 +23,7 @@ def first_rows_only(model: PreTrainedModel) -> Iterator[None]:
     """Have `save_pretrained` write only the first row of every tensor, under its name in the model."""
     saving: Any = model
     conversions = saving._weight_conversions
-    saving.hf_quantizer.only_first_rows, saving._weight_conversions = (
-        True,
-        [],
-    )  # conversions compute with whole tensors
+    saving.hf_quantizer.only_first_rows, saving._weight_conversions = True, []  # these compute with whole tensors
     try:
         yield
     finally:

@@ -461,7 +461,7 @@ def test_arguments_round_trip_through_json(tmp_path):
         ({"hidden_weight": math.nan}, "hidden_weight=nan"),
         ({"kl_weight": 0.0}, "'kl_weight': 0.0, 'ce_weight': 0.0.* leave nothing to learn from"),
         ({"temperature": 0.0}, "temperature=0.0: use a positive number"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no place"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
     ),
 )
 def test_bad_arguments(tmp_path, options, message):
