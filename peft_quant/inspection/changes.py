@@ -38,11 +38,11 @@ class LayerChange:
         absolute: root mean square of the scale deltas, or Frobenius norm of `dW`.
         relative: `sqrt(mean((D / s)^2))` of the scales, or `|dW| / |W|` in the Frobenius norm; None without the base.
         stored: share of the scales whose stored value is another than without the adapter; None without the base and
-            for low-rank branches.
-        rank: of a low-rank branch, else None.
-        scaling: the factor `c` of a low-rank branch, else None.
+            for low-rank adapters.
+        rank: of a low-rank adapter, else None.
+        scaling: the factor `c` of a low-rank adapter, else None.
         stable_rank: `|dW|_F^2 / |dW|_2^2`, from 1 to the rank: how many directions share the change. None for scales
-            and for a branch that is zero.
+            and for an adapter that is zero.
     """
 
     name: str
@@ -191,7 +191,7 @@ def _low_rank_change(
 
 
 def _scaling(name: str, parts: Sequence[torch.Tensor], options: Mapping[str, Any]) -> float:
-    """The factor of a low-rank branch, as LoRA has it; 1 for scale deltas."""
+    """The factor of a low-rank adapter, as LoRA has it; 1 for scale deltas."""
     if len(parts) == 1:
         return 1.0
     rank, alphas = parts[0].shape[0], options.get("alpha_pattern") or {}
