@@ -12,9 +12,10 @@ from peft.utils.save_and_load import load_peft_weights
 
 from ..gptq.fingerprint import is_sampled
 from ..module_names import SCALE_DELTAS
+from .layer import check_finite
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
-from .peqa.layer import PEQALayer, check_finite
+from .peqa.layer import PEQALayer
 
 
 def hotswap_adapter(

@@ -105,3 +105,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         raise TypeError("The weight of a GPTQ layer is packed; it cannot be replaced by a dense one.")
+
+
+def check_finite(owner: str, tensor: torch.Tensor) -> None:
+    """Raise a `ValueError` naming the owner if a tensor of an adapter holds NaN or infinite values."""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise ValueError(
+            f"{owner} holds {bad} NaN or infinite values among {tensor.numel()}, so it is damaged or its training "
+            "diverged. Use an earlier checkpoint, or train again with a lower learning rate."
+        )

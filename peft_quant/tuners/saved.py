@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..gptq.source import Source
 from ..module_names import LOW_RANK, PEFT_PREFIX, SCALE_DELTAS, split_adapter_key
 from ..registry import check_adapters
+from .layer import check_finite
 from .model import PackedTuner
 
 
@@ -47,12 +48,7 @@ def require_trained(
     named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
     keeps_ties = getattr(config, "ensure_weight_tying", False)
     for name, tensor in named.items():
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise ValueError(
-                f"{adapter}: {name} holds {bad} NaN or infinite values among {tensor.numel()}, so it is damaged or "
-                "its training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-            )
+        check_finite(f"{adapter}: {name}", tensor)
         trained = _is_trained(name, config) or (
             keeps_ties and any(_is_trained(other, config) and torch.equal(tensor, named[other]) for other in named)
         )

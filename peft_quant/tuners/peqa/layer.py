@@ -13,7 +13,7 @@ from torch import nn
 
 from ... import gptq
 from ...ops import round_scales_straight_through
-from ..layer import AdaptedLinear
+from ..layer import AdaptedLinear, check_finite
 from .config import PEQAConfig
 
 
@@ -147,16 +147,6 @@ class PEQALinear(PEQALayer):
 
     def __repr__(self) -> str:
         return "peqa." + super().__repr__()
-
-
-def check_finite(owner: str, delta: torch.Tensor) -> None:
-    """Raise a `ValueError` naming the owner if scale deltas hold NaN or infinite values."""
-    bad = delta.numel() - int(torch.isfinite(delta).sum())
-    if bad:
-        raise ValueError(
-            f"{owner} holds {bad} NaN or infinite values among {delta.numel()} scale deltas, so it is damaged or its "
-            "training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-        )
 
 
 def _refuse_non_finite(module: nn.ParameterDict, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
