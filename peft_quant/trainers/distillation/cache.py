@@ -50,7 +50,7 @@ class CachedTeacher:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
-        self._shards = _Shards(self.directory, self.manifest["shards"])
+        self._shards = _Shards(self.directory, self.manifest)
         missing = self.manifest["samples"] - len(self._shards.entries)
         if missing:
             raise ValueError(
@@ -163,7 +163,7 @@ def cache_teacher(
     )
     directory.mkdir(parents=True, exist_ok=True)
     _write_manifest(directory, manifest)
-    _write_shards(source, data, directory, manifest)
+    _fill(source, data, _Shards(directory, manifest))
     return directory
 
 
@@ -192,72 +192,40 @@ def _resume(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _write_shards(
-    teacher: ModelTeacher, data: Iterable[Mapping[str, Any]], directory: Path, manifest: dict[str, Any]
-) -> None:
-    """Run the teacher on the samples that the cache lacks, and write its output."""
-    done = set(_Shards(directory, manifest["shards"]).entries)
-    shard = _Shard()
+def _fill(teacher: ModelTeacher, data: Iterable[Mapping[str, Any]], shards: _Shards) -> None:
+    """Run the teacher on the samples that a cache lacks, and write its output."""
+    k, temperature = shards.manifest["k"], shards.manifest["temperature"]
     for batch in tqdm(data, total=len(data) if isinstance(data, Sized) else None, desc="teacher cache", unit="batch"):
         inputs = _as_batch(batch)
         samples = {row: (_digest(ids), mask) for row, (ids, mask) in enumerate(_samples(inputs)) if len(ids) > 1}
-        if done.issuperset(digest for digest, _ in samples.values()):
+        if all(digest in shards for digest, _ in samples.values()):
             continue
         if not teacher.is_placed:
             inputs = {name: tensor.to(teacher.model.device) for name, tensor in inputs.items()}
         logits: Any = teacher(inputs).distribution
         for row, (digest, mask) in samples.items():
-            if digest not in done:
-                done.add(digest)
-                entries = top_k(logits[row, mask.to(logits.device)][:-1], manifest["k"], manifest["temperature"])
-                shard.add(digest, entries, _index_dtype(manifest["vocab_size"]))
-        if shard.nbytes >= _SHARD_BYTES:
-            shard.write(directory, manifest)
-            shard = _Shard()
-    if shard.digests:
-        shard.write(directory, manifest)
-
-
-class _Shard:
-    """Samples to be written to one file."""
-
-    def __init__(self) -> None:
-        self.digests: list[bytes] = []
-        self.indices: list[torch.Tensor] = []
-        self.log_probs: list[torch.Tensor] = []
-        self.nbytes = 0
-
-    def add(self, digest: bytes, entries: TopK, index_dtype: torch.dtype) -> None:
-        self.digests.append(digest)
-        self.indices.append(entries.indices.cpu().to(index_dtype))
-        self.log_probs.append(entries.log_probs.cpu().half())
-        self.nbytes += self.indices[-1].nbytes + self.log_probs[-1].nbytes
-
-    def write(self, directory: Path, manifest: dict[str, Any]) -> None:
-        """Write the file and enter it into the manifest."""
-        path = directory / f"shard-{len(manifest['shards']):05d}.safetensors"
-        tensors = {
-            "digests": torch.tensor([list(digest) for digest in self.digests], dtype=torch.uint8),
-            "lengths": torch.tensor([len(entries) for entries in self.indices]),
-            "indices": torch.cat(self.indices),
-            "log_probs": torch.cat(self.log_probs),
-        }
-        with new_file(path) as file:
-            save_file(tensors, file)
-        manifest["shards"].append({"file": path.name, "sha256": _file_digest(path)})
-        _write_manifest(directory, manifest)
+            if digest not in shards:
+                shards.add(digest, top_k(logits[row, mask.to(logits.device)][:-1], k, temperature))
+        if shards.unwritten_bytes >= _SHARD_BYTES:
+            shards.write()
+    if shards.unwritten:
+        shards.write()
 
 
 class _Shards:
-    """The files of a cache, whose digests are checked, and where each sample is in them.
+    """The files of a cache, whose digests are checked, and samples to be written to the next one.
 
     Attributes:
-        entries: file, first row and number of rows, by digest.
+        entries: file, first row and number of rows of each sample in the files, by digest.
+        unwritten: the samples to be written, by digest.
     """
 
-    def __init__(self, directory: Path, shards: list[dict[str, str]]) -> None:
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
         self.entries: dict[bytes, tuple[Path, int, int]] = {}
-        for shard in shards:
+        self.unwritten: dict[bytes, TopK] = {}
+        for shard in manifest["shards"]:
             path = directory / shard["file"]
             if not path.exists() or _file_digest(path) != shard["sha256"]:
                 raise ValueError(
@@ -266,9 +234,15 @@ class _Shards:
                 )
             with safe_open(path, framework="pt") as file:
                 digests, lengths = file.get_tensor("digests"), file.get_tensor("lengths")
-            starts = (lengths.cumsum(0) - lengths).tolist()
-            for digest, start, length in zip(digests, starts, lengths.tolist()):
-                self.entries[digest.numpy().tobytes()] = path, start, length
+            self._enter(path, [digest.numpy().tobytes() for digest in digests], lengths)
+
+    def _enter(self, path: Path, digests: Iterable[bytes], lengths: torch.Tensor) -> None:
+        starts = lengths.cumsum(0) - lengths
+        for digest, start, length in zip(digests, starts.tolist(), lengths.tolist()):
+            self.entries[digest] = path, start, length
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self.entries or digest in self.unwritten
 
     def read(self, digest: bytes) -> TopK | None:
         if digest not in self.entries:
@@ -276,6 +250,32 @@ class _Shards:
         path, start, length = self.entries[digest]
         with safe_open(path, framework="pt") as file:
             return TopK(*(file.get_slice(name)[start : start + length] for name in ("indices", "log_probs")))
+
+    def add(self, digest: bytes, sample: TopK) -> None:
+        indices = sample.indices.cpu().to(_index_dtype(self.manifest["vocab_size"]))
+        self.unwritten[digest] = TopK(indices, sample.log_probs.cpu().half())
+
+    @property
+    def unwritten_bytes(self) -> int:
+        return sum(tensor.nbytes for sample in self.unwritten.values() for tensor in sample)
+
+    def write(self) -> None:
+        """Write the next file and enter it into the manifest."""
+        path = self.directory / f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        indices, log_probs = zip(*self.unwritten.values())
+        lengths = torch.tensor([len(rows) for rows in indices])
+        tensors = {
+            "digests": torch.tensor([list(digest) for digest in self.unwritten], dtype=torch.uint8),
+            "lengths": lengths,
+            "indices": torch.cat(indices),
+            "log_probs": torch.cat(log_probs),
+        }
+        with new_file(path) as file:
+            save_file(tensors, file)
+        self.manifest["shards"].append({"file": path.name, "sha256": _file_digest(path)})
+        _write_manifest(self.directory, self.manifest)
+        self._enter(path, self.unwritten, lengths)
+        self.unwritten.clear()
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
