@@ -281,7 +281,7 @@ def _check_student(model: Any) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, LRECLinear) and layer.lora_B]
     if not any(matrix.weight.requires_grad for layer in layers for matrix in layer.lora_B.values()):
         raise ValueError(
-            f"{type(model).__name__} has no trainable LREC adapter ({len(layers)} layers have a frozen one): use "
+            f"{type(model).__name__} has no trainable LREC adapter ({len(layers)} frozen layers): use "
             "`get_peft_model(model, LRECConfig(...))`, or `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
 

@@ -24,8 +24,8 @@ class PEQALayer(AdaptedLinear):
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    where `round` gives a value of the same sign as the scale that the checkpoint can store, so that merging changes
-    nothing. Its gradient is straight-through.
+    where `round` gives a value that the checkpoint can store, of the same sign as the base's scale, so that merging
+    changes nothing. Its gradient is straight-through.
     """
 
     adapter_layer_names = ("peqa_scales",)

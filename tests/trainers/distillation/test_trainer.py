@@ -539,10 +539,10 @@ class TestBadInput:
         model = adapted(two_bits)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_A" in name)
-        with pytest.raises(ValueError, match=r"no trainable LREC adapter \(14 layers have a frozen one\)"):
+        with pytest.raises(ValueError, match=r"no trainable LREC adapter \(14 frozen layers\)"):
             trainer(model, tmp_path, float_llama())
         scales = get_peft_model(load(two_bits, bits=2), PEQAConfig(task_type="CAUSAL_LM"))
-        with pytest.raises(ValueError, match=r"no trainable LREC adapter \(0 frozen"):
+        with pytest.raises(ValueError, match=r"no trainable LREC adapter \(0 frozen layers\)"):
             trainer(scales, tmp_path, float_llama())
         with pytest.raises(ValueError, match="Linear is not a causal language model"):
             trainer(torch.nn.Linear(1, 1), tmp_path, float_llama())
