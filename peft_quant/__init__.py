@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from .plots.layer_changes import plot_layer_changes
     from .plots.layer_errors import plot_layer_errors
     from .qft import Int8Weight, QFTConfig, QuantizedLion, quantize_model
-    from .trainers.distillation.teacher import cache_teacher
+    from .trainers.distillation.cache import cache_teacher
     from .trainers.distillation.trainer import LRECTrainer, LRECTrainingArguments
     from .trainers.qft import QFTArguments, QFTMixin, QFTTrainer
     from .trainers.report.callback import ReportCallback
     from .tuners.hotswap import hotswap_adapter
     from .tuners.lrec import LRECConfig, LRECModel
-    from .tuners.lrec.initialization.initialize import initialize_lrec_weights
+    from .tuners.lrec.initialization import initialize_lrec_weights
     from .tuners.peqa import PEQAConfig, PEQAModel
 
 __all__ = [
@@ -84,13 +84,13 @@ _LAZY = {
     "RepackedLayerError": "gptq",
     "ReportCallback": "trainers.report.callback",
     "TrainingError": "first_step",
-    "cache_teacher": "trainers.distillation.teacher",
+    "cache_teacher": "trainers.distillation.cache",
     "compare_adapters": "inspection",
     "estimate_memory": "estimate",
     "export_lora": "export.lora",
     "export_qft": "export.int8",
     "hotswap_adapter": "tuners.hotswap",
-    "initialize_lrec_weights": "tuners.lrec.initialization.initialize",
+    "initialize_lrec_weights": "tuners.lrec.initialization",
     "inspect_adapter": "inspection",
     "inspect_checkpoint": "inspection",
     "merge_checkpoint": "export.merge",
@@ -131,7 +131,7 @@ def register_methods() -> None:
 
     replace_quantizer("gptq", GPTQCheckpointQuantizer)
     from .export import card_hooks  # noqa: F401
-    from .tuners import hotswap, lrec, peqa  # noqa: F401
+    from .tuners import lrec, peqa, saved  # noqa: F401
 
 
 if not is_command_line():

@@ -160,7 +160,7 @@ def _start(model: Any, lrec: Any, start: Start, teacher: str, windows: Any, cali
 
 
 def _is_complete(cache: Path) -> bool:
-    from ..trainers.distillation.teacher import CachedTeacher
+    from ..trainers.distillation.cache import CachedTeacher
 
     try:
         CachedTeacher(cache)

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import blocks_of
 from ..qft import Int8Weight, QFTConfig, QuantizedLion
 from ..qft.policy import int8_modules
+from ..tuners.layer import AdaptedLinear
 from ..tuners.lrec import LRECConfig
-from ..tuners.packed import AdaptedLinear
 from ..tuners.peqa import PEQAConfig
 from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors, Shapes
 from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight

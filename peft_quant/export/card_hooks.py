@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..qft.quantizer import QFTQuantizer
 from ..registry import write_cards, write_cards_of_quantized
-from ..tuners.packed import PackedTuner
+from ..tuners.model import PackedTuner
 from .card import QFT, update_card
 
 

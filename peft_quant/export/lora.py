@@ -25,15 +25,15 @@ def export_lora(
 ) -> Path:
     """Write an LREC adapter as a LoRA adapter, for PEFT without peft_quant and for engines that load LoRA.
 
-    `LRECConfig(save_as_lora=True)` saves adapters so in the first place.
+    With `LRECConfig(save_as_lora=True)`, adapters are saved in this format.
 
-    The tensors are the same; the configuration becomes a `LoraConfig`, which no longer records the base model's
-    fingerprint; the model card does. `out` appears once it is complete.
+    The tensors are the same; the configuration becomes a `LoraConfig`, which does not record the fingerprint of the
+    base model, but the model card does. `out` appears once it is complete.
 
     Args:
         adapter: directory or Hub id of the adapter, or a model that has it loaded.
         out: directory to write, which must not exist.
-        adapter_name: which of a model's adapters.
+        adapter_name: name of the adapter, if a model is given.
         token: Hub token.
 
     Returns:
@@ -41,7 +41,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: the adapter is not LREC's, or the model has none of that name.
+        ValueError: it is not an LREC adapter, or the model has none of that name.
     """
     if isinstance(adapter, PeftModel):
         with TemporaryDirectory() as saved:
@@ -60,7 +60,7 @@ def _export(
     out: str | os.PathLike[str],
     token: str | bool | None,
 ) -> Path:
-    """`config` is the adapter's, `written` the one beside its weights: LoRA's for a model with `save_as_lora`."""
+    """Export an adapter; `written` is the configuration beside its weights, LoRA's with `save_as_lora`."""
     if not isinstance(config, LRECConfig):
         raise ValueError(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."

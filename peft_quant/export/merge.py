@@ -17,9 +17,10 @@ from ..gptq.base_record import describe_checkpoint, require_base, stored_layers
 from ..gptq.checkpoint import Checkpoint
 from ..gptq.names import StoredNames
 from ..gptq.zero_points import declared_format
+from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 from ..tuners.peqa.config import PEQAConfig
-from ..tuners.saved import KEY_PREFIX, SCALES, require_trained
+from ..tuners.saved import require_trained
 from .card import README, inherited_metadata, update_card
 
 
@@ -31,7 +32,7 @@ _MERGE_IN_MEMORY = (
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of which everything was checked and nothing is written.
+    """A merge that was checked and not yet written.
 
     Attributes:
         checkpoint: the base.
@@ -39,7 +40,7 @@ class Merge:
         deltas: changes of scales, by the name of the scales in the base.
         others: tensors of `modules_to_save`, by their name in the base.
         out: directory to write.
-        bases: what the base is called, by the adapter and by the caller.
+        bases: names of the base, by the adapter and by the caller.
     """
 
     checkpoint: Checkpoint
@@ -51,7 +52,7 @@ class Merge:
 
     @property
     def files(self) -> dict[str, int]:
-        """Bytes by the path of each file that is written, in `out`."""
+        """Size in bytes of each file to write, by its path within `out`."""
         directory = self.checkpoint.directory
         return {
             file.relative_to(directory).as_posix(): file.stat().st_size
@@ -99,10 +100,9 @@ def merge_checkpoint(
 ) -> Path:
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
-    Works on files: needs neither a GPU nor a GPTQ package, and memory for one shard's tensor at a time. Every other
-    tensor and file, `config.json` included, is byte-equal to the base, but for the model card, which is the merged
-    model's own; the same tensors result from `model.merge_and_unload().save_pretrained(out)`. `out` appears once it is
-    complete.
+    Works on files: needs neither a GPU nor a GPTQ package, and memory for one tensor at a time. Every other tensor and
+    file, `config.json` included, is byte-equal to the base, except for the model card, which is the merged model's.
+    `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is complete.
 
     Args:
         base: directory or Hub id of the GPTQ checkpoint the adapter was trained on, in safetensors.
@@ -121,7 +121,7 @@ def merge_checkpoint(
         OSError: there is no room for the merged checkpoint.
         ValueError: the adapter is not PEQA's, holds NaN or tensors that it did not train, or was trained on another
             base; or the merged model needs another config.json or further tensors, as with a new head, a resized
-            vocabulary or tied embeddings that were trained: `merge_and_unload` writes these.
+            vocabulary or trained tied embeddings: `merge_and_unload` writes these.
     """
     return plan_merge(base, adapter, out, revision=revision, token=token).write()
 
@@ -134,7 +134,7 @@ def plan_merge(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Merge:
-    """Check all that [`merge_checkpoint`] needs, and write nothing.
+    """Check everything that [`merge_checkpoint`] needs, and write nothing.
 
     Args and errors: as [`merge_checkpoint`].
     """
@@ -153,8 +153,9 @@ def plan_merge(
         )
     checkpoint = Checkpoint.open(directory)
     _require_mergeable(checkpoint)
-    layers = [key.removeprefix(KEY_PREFIX).removesuffix(SCALES) for key in weights if key.endswith(SCALES)]
-    others = [key.removeprefix(KEY_PREFIX) for key in weights if not key.endswith(SCALES)]
+    keys = [split_adapter_key(key) for key in weights]
+    layers = [name for name, parameter in keys if parameter == SCALE_DELTAS]
+    others = [name for name, parameter in keys if not parameter]
     names = StoredNames(checkpoint, config.task_type)
     layer_names, other_names = names.layers(layers), names.tensors(others)
 
@@ -165,7 +166,7 @@ def plan_merge(
     others = [name for name in others if name in trained]
     _require_stored(checkpoint, config, layers, layer_names)
     _require_alone(checkpoint, others, other_names, names.ties() if others else {})
-    deltas = {f"{layer_names[name]}.scales": trained[f"{name}{SCALES}"] for name in layers}
+    deltas = {f"{layer_names[name]}.scales": trained[f"{name}.{SCALE_DELTAS}"] for name in layers}
     replaced = {other_names[name]: trained[name] for name in others}
     _require_shapes(checkpoint, config, {**deltas, **replaced})
     _require_base(checkpoint, config, layer_names)
@@ -198,7 +199,7 @@ def _require_stored(checkpoint: Checkpoint, config: PEQAConfig, layers: list[str
 
 
 def _require_alone(checkpoint: Checkpoint, others: list[str], stored: dict[str, str], ties: dict[str, str]) -> None:
-    """Each tensor trained whole is one of the files, and stands for nothing else in the model."""
+    """Check that each tensor of `modules_to_save` is in the files, and is tied to no other."""
     for name in others:
         if name not in stored:
             raise ValueError(

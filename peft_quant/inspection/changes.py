@@ -20,12 +20,9 @@ import torch
 
 from ..gptq import PackedFormat, PackedTensors
 from ..gptq.layer import dequantize_tensors
+from ..module_names import LOW_RANK, SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 
-
-KEY_PREFIX = "base_model.model."
-_DELTA = ".peqa_scales"
-_LOW_RANK = (".lora_A.weight", ".lora_B.weight")
 
 BaseLayer = Callable[[str], "tuple[PackedTensors, PackedFormat]"]
 """Gives a layer of the base by its name."""
@@ -41,11 +38,11 @@ class LayerChange:
         absolute: root mean square of the scale deltas, or Frobenius norm of `dW`.
         relative: `sqrt(mean((D / s)^2))` of the scales, or `|dW| / |W|` in the Frobenius norm; None without the base.
         stored: share of the scales whose stored value is another than without the adapter; None without the base and
-            for low-rank branches.
-        rank: of a low-rank branch, else None.
-        scaling: the factor `c` of a low-rank branch, else None.
+            for low-rank adapters.
+        rank: of a low-rank adapter, else None.
+        scaling: the factor `c` of a low-rank adapter, else None.
         stable_rank: `|dW|_F^2 / |dW|_2^2`, from 1 to the rank: how many directions share the change. None for scales
-            and for a branch that is zero.
+            and for an adapter that is zero.
     """
 
     name: str
@@ -123,17 +120,15 @@ def split_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.T
     """
     layers: dict[str, tuple[torch.Tensor, ...]] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        if name.endswith(_DELTA):
-            layers[name.removesuffix(_DELTA)] = (tensor,)
-        for suffix, other in (_LOW_RANK, _LOW_RANK[::-1]):
-            if not name.endswith(suffix) or tensor.ndim != 2:  # convolutions have other shapes
-                continue
-            partner = key.removesuffix(suffix) + other
+        name, parameter = split_adapter_key(key)
+        if parameter == SCALE_DELTAS:
+            layers[name] = (tensor,)
+        elif parameter in LOW_RANK and tensor.ndim == 2:  # convolutions have other shapes
+            a, b = (key.removesuffix(parameter) + other for other in LOW_RANK)
+            partner = b if key == a else a
             if partner not in tensors:
                 raise ValueError(f"The adapter has {key} but no {partner}: it is damaged, save or download it again.")
-            if suffix == _LOW_RANK[0]:
-                layers[name.removesuffix(suffix)] = (tensor, tensors[partner])
+            layers[name] = (tensors[a], tensors[b])
     for name, parts in layers.items():
         bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
         if bad:
@@ -196,7 +191,7 @@ def _low_rank_change(
 
 
 def _scaling(name: str, parts: Sequence[torch.Tensor], options: Mapping[str, Any]) -> float:
-    """The factor of a low-rank branch, as LoRA has it; 1 for scale deltas."""
+    """The factor of a low-rank adapter, as LoRA has it; 1 for scale deltas."""
     if len(parts) == 1:
         return 1.0
     rank, alphas = parts[0].shape[0], options.get("alpha_pattern") or {}

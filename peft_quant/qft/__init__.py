@@ -1,4 +1,4 @@
-"""QFT (Li et al., 2023, arXiv 2310.07147): every parameter tuned, with weights, gradients and momentum in int8."""
+"""QFT (Li et al., 2023, arXiv 2310.07147): full fine-tuning with weights, gradients and momentum in int8."""
 
 from ..registry import register_quantization
 from .config import QUANT_METHOD, QFTConfig

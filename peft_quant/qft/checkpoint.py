@@ -1,4 +1,4 @@
-"""int8 weights in files: the parts of a layer's `weight` lie beside its `bias`, as `codes`, `scales` and so on."""
+"""int8 weights in files, where `codes`, `scales` and outliers take the place of a layer's `weight`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 PARTS = ("codes", "scales", "outlier_columns", "outlier_values")
 PATTERNS = {rf"\.{part}$": part for part in PARTS}
-"""Of the parts' names, as conversions of transformers have them."""
+"""The parts by the pattern of their names, in the form of transformers' conversions."""
 
 
 def part_names(name: str) -> list[str]:
-    """The names of the parts of a weight, which lie beside it."""
+    """The names of the parts of a weight."""
     layer = name.rpartition(".")[0]
     return [f"{layer}.{part}" if layer else part for part in PARTS]
 
 
 def flatten(state_dict: Mapping[str, torch.Tensor], tied: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """A state dict of plain tensors, in which int8 weights of several names are once.
+    """A state dict of plain tensors, with each int8 weight under one name only.
 
     Args:
         state_dict: of a model.
-        tied: names that the model ties to others, by which no weight is called that has another name.
+        tied: names that the model ties to others, used only for weights without another name.
     """
     flat: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -55,24 +55,24 @@ def flatten(state_dict: Mapping[str, torch.Tensor], tied: Collection[str] = ()) 
 def check_checkpoint(
     files: Iterable[str | Path], model: PreTrainedModel, conversions: Iterable[WeightTransform], int8: Collection[str]
 ) -> None:
-    """Check an int8 checkpoint before anything of it is loaded. What the model does not have is not looked at.
+    """Check an int8 checkpoint before it is loaded. Tensors that the model does not have are ignored.
 
     Args:
         files: its safetensors files.
-        model: that it is to be loaded into, without values.
-        conversions: by which transformers makes parameters of what is in the files.
+        model: the model to load it into, without values.
+        conversions: transformers' conversions from the tensors in the files to parameters.
         int8: the parameters that the policy puts in int8, whether the files have them or not.
 
     Raises:
         InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of
-            range, a weight is there twice, or other parameters are in int8.
+            range, a weight is stored twice, or other parameters are in int8.
     """
     stored = read_tensors(files)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    expected = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, dict[str, str]] = defaultdict(dict)  # names of parts
     floats: dict[str, str] = {}
     for name, (parameters, pattern) in parameters_of(stored, model, conversions).items():
-        for parameter in own.keys() & parameters:
+        for parameter in expected.keys() & parameters:
             found, key = (weights[parameter], PATTERNS[pattern]) if pattern in PATTERNS else (floats, parameter)
             if pattern in PATTERNS and key in found:
                 raise InvalidCheckpointError(_twice(parameter, found[key], name))
@@ -82,7 +82,7 @@ def check_checkpoint(
     for parameter, parts in sorted(weights.items()):
         if parameter in floats:
             raise InvalidCheckpointError(_twice(parameter, *parts.values(), floats[parameter]))
-        _check_weight(parameter, parts, stored, tuple(own[parameter].shape))
+        _check_weight(parameter, parts, stored, tuple(expected[parameter].shape))
 
 
 def _check_policy(model: PreTrainedModel, found: str, expected: str, parameters: Collection[str]) -> None:
@@ -121,7 +121,7 @@ def _check_weight(
 
 
 def loading_difference(found: Mapping[str, Collection[Any]]) -> str | None:
-    """What a checkpoint has less or more than the model that it was loaded into, by transformers' loading info."""
+    """The first kind of mismatch in transformers' loading info, as text; None if there is none."""
     for what, names in found.items():
         if names:
             return f"{len(names)} {what.replace('_', ' ')}, first {min(map(str, names))}"
@@ -129,10 +129,10 @@ def loading_difference(found: Mapping[str, Collection[Any]]) -> str | None:
 
 
 def layout_difference(model: nn.Module, other: nn.Module) -> str | None:
-    """What differs between two models in what is int8 and how; None if nothing does."""
+    """The first weight that two models hold differently, in int8 or in float; None if there is none."""
     ours, theirs = (
-        {name: weight for name, weight in whole.named_parameters() if isinstance(weight, Int8Weight)}
-        for whole in (model, other)
+        {name: weight for name, weight in each.named_parameters() if isinstance(weight, Int8Weight)}
+        for each in (model, other)
     )
     for name in ours | theirs:
         here, there = (_describe(weights.get(name)) for weights in (ours, theirs))

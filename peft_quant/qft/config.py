@@ -1,4 +1,4 @@
-"""How the weights of a model are held in int8."""
+"""Configuration of QFT's int8 weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ QUANT_METHOD = "qft"
 class QFTConfig(QuantizationConfigMixin):
     """Which weights of a model are int8, and how: the `quantization_config` of QFT.
 
-    Given to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
-    model is never whole on the device; [`quantize_model`] takes it for a model in memory. In the `config.json` of an
-    int8 checkpoint it says what the files hold.
+    Passed to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
+    model is never whole on the device; [`quantize_model`] takes it for a model in memory. The `config.json` of an int8
+    checkpoint contains it.
 
     Args:
         outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
         embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
         modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
-            float, as the model's class or as its base model's calls them.
-        experts_apart (`bool`): Whether the experts of a mixture are modules of their own, in int8 as any layer.
-            transformers has all experts of a layer in one tensor, which stays in float. [`quantize_model`] finds out.
+            float, with or without the prefix of the base model.
+        experts_apart (`bool`): Whether the experts of a mixture are separate modules, in int8 like any layer. In
+            transformers all experts of a layer are one tensor, which stays in float. [`quantize_model`] detects it.
 
     Raises:
-        ValueError: a ratio outside of 0 to 0.5.
+        ValueError: a ratio outside 0 to 0.5.
     """
 
     def __init__(

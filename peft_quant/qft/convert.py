@@ -1,4 +1,4 @@
-"""Models in memory to int8: float ones, and those of GPTQ checkpoints."""
+"""Conversion of a model in memory, in float or GPTQ, to int8."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
-    """Hold a model's linear layers in int8, ready to be trained by [`QFTTrainer`]. Works in place, layer by layer.
+    """Convert a model's linear layers to int8, to be trained with [`QFTTrainer`]. Works in place, layer by layer.
 
     | from | to |
     |---|---|
-    | a float layer (nn.Linear, Conv1D) | int8 by round-to-nearest, and the largest weights of each row as outliers |
-    | GPTQ, 8 bits, symmetric, whole groups, no act-order | its integers and scales as they are, no outliers |
-    | other GPTQ | decoded, then as a float layer |
+    | a float layer (nn.Linear, Conv1D) | int8 by round-to-nearest, with the largest weights of each row as outliers |
+    | GPTQ, 8 bits, symmetric, whole groups, no act-order | its integers and scales unchanged, no outliers |
+    | other GPTQ | decoded, then converted like a float layer |
 
     Norms, biases, routers, embeddings and the head stay in float; a packed head is decoded.
     `AutoModelForCausalLM.from_pretrained(..., quantization_config=QFTConfig())` does the same to a float checkpoint
-    without ever holding the float model.
+    without ever holding the whole float model.
 
     Args:
         model: a float model, or one loaded from a GPTQ checkpoint with `GPTQConfig(bits=..., backend="gptq_torch")`.
-        config: how; the default is 1 % of outliers and embeddings in float.
+        config: the options; by default 1 % of outliers, and embeddings in float.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no linear layer; a model that is quantized otherwise or is int8 already; a weight with NaN.
+        ValueError: no linear layer; a model that is quantized with another method, or int8 already; a weight with NaN.
         RepackedLayerError, InvalidCheckpointError: as [`peft_quant.gptq.read_format`].
     """
     config = copy.copy(config or QFTConfig())
@@ -57,14 +57,14 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
     formats = {name: read_format(layer, name) for name, layer in modules.items() if is_packed(layer)}
     warn_of_cast_scales(formats)
     float_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    of_conv1d = _conv1d_layers(model) if formats else set()
+    conv1d_layers = _conv1d_layers(model) if formats else set()
     first = {id(getattr(layer, "weight", layer)): name for name, layer in reversed(modules.items())}
     ties = {name: first[id(getattr(layer, "weight", layer))] for name, layer in modules.items()}
     for name, module in modules.items():
         layer: Any = module
         try:
             if name in formats:
-                transposed = name in of_conv1d
+                transposed = name in conv1d_layers
                 weight = _from_gptq(layer, formats[name], config, float_dtype, transposed)
                 model.set_submodule(name, _linear(layer, weight, float_dtype, transposed))
             elif ties[name] == name:
@@ -74,11 +74,11 @@ def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
                 layer.weight = model.get_parameter(f"{ties[name]}.weight")
         except ValueError as error:
             raise ValueError(f"{name} cannot be held in int8: {error}") from error
-    for name, packed_layer in packed_modules(model).items():  # which the policy leaves in float
+    for name, packed_layer in packed_modules(model).items():  # left in float by the policy
         dense = dequantize(packed_layer, read_format(packed_layer, name), dtype=float_dtype)
-        if name in of_conv1d:
+        if name in conv1d_layers:
             dense = dense.t()
-        model.set_submodule(name, _linear(packed_layer, dense.contiguous(), float_dtype, name in of_conv1d))
+        model.set_submodule(name, _linear(packed_layer, dense.contiguous(), float_dtype, name in conv1d_layers))
     if hasattr(model, "config"):
         attach_quantizer(model, config)
     return model
@@ -96,7 +96,7 @@ def _refuse_quantized(model: Any) -> None:
 
 
 def _conv1d_layers(model: nn.Module) -> set[str]:
-    """Layers that are a Conv1D, whose weight is transposed, in the float model; in packed ones that cannot be told."""
+    """Layers that are a Conv1D, with a transposed weight, in the float model; packed layers do not say so."""
     if not isinstance(model, PreTrainedModel):
         return set()
     config = copy.deepcopy(model.config)

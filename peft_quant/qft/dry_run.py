@@ -1,4 +1,4 @@
-"""Whether a model can be saved and read back, tried with next to nothing of its values."""
+"""A trial of saving a model and loading it back, without its values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def first_rows_only(model: PreTrainedModel) -> Iterator[None]:
-    """Have `save_pretrained` write the first row of every tensor, as the model calls it."""
+    """Have `save_pretrained` write only the first row of every tensor, under its name in the model."""
     saving: Any = model
     conversions = saving._weight_conversions
     saving.hf_quantizer.only_first_rows, saving._weight_conversions = True, []  # these compute with whole tensors
@@ -31,15 +31,15 @@ def first_rows_only(model: PreTrainedModel) -> Iterator[None]:
 
 
 def require_readable(model: PreTrainedModel, directory: Path) -> None:
-    """Load what `save_pretrained` would write, from its names and shapes alone: neither values nor memory are needed.
+    """Load what `save_pretrained` would write on the meta device, from names and shapes alone.
 
     Args:
         model: the model.
-        directory: what was written [`first_rows_only`].
+        directory: its checkpoint, written with [`first_rows_only`].
 
     Raises:
-        ValueError: the model would not come back as it is.
-        Exception: what `from_pretrained` raises.
+        ValueError: the loaded model would differ from this one.
+        Exception: as raised by `from_pretrained`.
     """
     written = read_tensors(directory.glob("*.safetensors"))
     saving: Any = model
@@ -51,14 +51,14 @@ def require_readable(model: PreTrainedModel, directory: Path) -> None:
         config=type(model.config).from_pretrained(directory),
         state_dict=revert_weight_conversion(model, shapes),
         device_map="meta",
-        ignore_mismatched_sizes=True,  # which shapes are others is said below
+        ignore_mismatched_sizes=True,  # an error below names them
         output_loading_info=True,
     )
     del found["mismatched_keys"]
-    own, other = model.state_dict(), loaded.state_dict()
-    for name in own:
-        if name in other and own[name].shape != other[name].shape:
-            raise ValueError(f"{name} would have the shape {tuple(other[name].shape)}, not {tuple(own[name].shape)}")
+    before, after = model.state_dict(), loaded.state_dict()
+    for name, tensor in before.items():
+        if name in after and after[name].shape != tensor.shape:
+            raise ValueError(f"{name} would have the shape {tuple(after[name].shape)}, not {tuple(tensor.shape)}")
     difference = loading_difference(found) or layout_difference(model, loaded)
     if difference:
         raise ValueError(difference)

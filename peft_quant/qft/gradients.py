@@ -1,4 +1,4 @@
-"""Gradients that are int8 from the moment they exist."""
+"""Gradients in int8, encoded as soon as autograd computes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .. import ops
 
 
-_STREAM = 1  # of the random keys; see `lion.py` for the others
+_STREAM = 1  # of random keys; `lion.py` uses the others
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class QuantizedGradient:
         codes: int8, in the parameter's shape.
         scales: fp32, one a block of 256 elements.
         square: the squared norm before rounding, an fp32 scalar on the device; not finite if an element is not.
-        count: how many gradients it is the sum of.
+        count: number of gradients in the sum.
     """
 
     codes: torch.Tensor
@@ -36,17 +36,17 @@ class QuantizedGradient:
 
 
 class GradientStack:
-    """Takes every gradient over from autograd as soon as it exists, so that only one is alive in floating point.
+    """Takes each gradient from autograd as soon as it is computed, so that only one exists in floating point.
 
-    A gradient of a parameter that is on the stack already is added to it, without bias (stochastic rounding).
-    Gradients leave last in, first out.
+    Further gradients of a parameter are added to the one on the stack, without bias (stochastic rounding). Gradients
+    leave last in, first out.
 
     Args:
         seed: of the rounding.
-        fused: called with a parameter and its dense gradient instead; the stack then stays empty.
+        fused: called with each parameter and its dense gradient, if given; the stack then stays empty.
 
     Attributes:
-        steps: optimizer steps taken so far, which whoever takes them counts up: of the rounding, like the seed.
+        steps: optimizer steps taken so far, counted by the optimizer; seeds the rounding together with `seed`.
     """
 
     def __init__(self, seed: int = 0, fused: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
@@ -58,20 +58,20 @@ class GradientStack:
         self._hooks: dict[torch.Tensor, Any] = {}
 
     def attach(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Take over the gradients of parameters from now on, in place of their `.grad`.
+        """Take the gradients of parameters from now on, instead of their `.grad`.
 
-        Attaching twice is once, and needed after `Module.to`.
+        Idempotent; call it again after `Module.to`.
         """
         for parameter in parameters:
             if parameter.requires_grad:
                 self._numbers.setdefault(parameter, len(self._numbers))
                 if parameter not in self._hooks:
                     self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
-                # Module.to swaps a parameter's tensor for one that knows of no hooks
+                # Module.to swaps a parameter's tensor for one without hooks
                 parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
     def detach(self) -> None:
-        """Leave gradients to autograd again, and forget those on the stack."""
+        """Return gradients to autograd, and drop those on the stack."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -89,7 +89,7 @@ class GradientStack:
 
     @torch.no_grad()
     def push(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Put a dense gradient of a parameter on the stack, or add it to the one that is there."""
+        """Put a dense gradient of a parameter on the stack, or add it to the one there."""
         entry = self._entries.get(parameter)
         number = self._numbers.setdefault(parameter, len(self._numbers))
         key = ops.random_key(self.seed, _STREAM, self.steps, number, 0 if entry is None else entry.count)
@@ -105,7 +105,7 @@ class GradientStack:
         return self._entries.popitem()
 
     def norm(self) -> torch.Tensor:
-        """The norm of all gradients on the stack together, an fp32 scalar on the device; not finite if one is not."""
+        """The common norm of all gradients on the stack, an fp32 scalar on the device; not finite if one is not."""
         squares = [entry.square for entry in self._entries.values()]
         if not squares:
             return torch.zeros(())

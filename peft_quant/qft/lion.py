@@ -16,34 +16,34 @@ from .weight import Int8Weight
 Rounding = Literal["stochastic", "nearest", "error_feedback"]
 
 _ROUNDINGS = {"nearest": ops.NEAREST, "stochastic": ops.STOCHASTIC, "error_feedback": ops.ERROR_FEEDBACK}
-_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # of the random keys
+_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # of random keys
 
 
 class QuantizedLion(torch.optim.Optimizer):
-    """Lion whose states are int8, for `Int8Weight` and for floating point parameters.
+    """Lion with int8 states, for `Int8Weight` and for floating point parameters.
 
-    It takes gradients over from autograd while backward runs (`gradients`), so that `.grad` is None afterwards, and so
-    none can be clipped from outside: use `clip_grad_norm_` of the optimizer between backward and `step`. A step whose
-    gradients are not finite changes nothing and is counted.
+    It takes gradients from autograd while backward runs (`gradients`), so `.grad` is None afterwards and cannot be
+    clipped from outside: use the optimizer's `clip_grad_norm_` between backward and `step`. A step whose gradients are
+    not finite changes nothing and is counted.
 
     Args:
         params: parameters or groups of them; `Int8Weight`, fp32, bf16 or fp16.
-        lr: learning rate; a weight moves by so much a step.
+        lr: learning rate, by which every weight moves in a step.
         betas: of the update and of the momentum.
         weight_decay: decoupled, as in AdamW.
         rounding: of int8 weights: `"stochastic"`; `"nearest"`, which loses nearly every update; or `"error_feedback"`,
-            to nearest with the rest kept in a further byte a weight. 16-bit parameters are rounded stochastically,
-            unless this is `"nearest"`.
+            to nearest with the remainder kept in one more byte per weight. 16-bit parameters are rounded
+            stochastically, unless this is `"nearest"`.
         state_bits: 8, or 32 for fp32 momentum.
-        fused: update each parameter while backward runs, as soon as its gradient exists, and store no gradient.
-            One backward a step, and no clipping by the norm of all gradients.
+        fused: update each parameter during backward, as soon as its gradient is computed, and store no gradient.
+            One backward per step, and no clipping by the norm of all gradients.
         max_parameter_norm: if fused, clip the gradient of each parameter to this norm.
-        refresh_steps: choose outliers and scales of int8 weights anew after so many steps (`Int8Weight.refresh`). With
-            0, never, and no weight can grow beyond the largest of its row, outliers aside.
+        refresh_steps: recompute outliers and scales of int8 weights every so many steps (`Int8Weight.refresh`). 0 for
+            never: then no weight, outliers aside, can grow beyond the largest of its row.
         seed: of the stochastic rounding.
 
     Raises:
-        ValueError: a value outside of its range, options that exclude each other, or a parameter of another dtype.
+        ValueError: a value outside its range, options that exclude each other, or a parameter of another dtype.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class QuantizedLion(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing, because gradients were not finite; if fused, of the parameter with the most."""
+        """Steps that were skipped because gradients were not finite; if fused, of the parameter with the most."""
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         return int(torch.stack([count.to(counts[0].device) for count in counts]).max()) if counts else 0
 
@@ -111,10 +111,10 @@ class QuantizedLion(torch.optim.Optimizer):
         """Have the next step scale all gradients so that their common norm is at most `max_norm`.
 
         Returns:
-            The norm as it is, an fp32 scalar on the device.
+            The norm before clipping, an fp32 scalar on the device.
 
         Raises:
-            RuntimeError: the optimizer is fused, and has no gradients any more.
+            RuntimeError: the optimizer is fused, so no gradients are left.
         """
         if self.fused:
             raise RuntimeError(
@@ -214,15 +214,15 @@ class QuantizedLion(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load states with their dtypes as they are, int8 ones among them.
+        """Load states without casting them, int8 ones included.
 
         Raises:
             ValueError: the states are of other parameters, or were made with another `state_bits` or `rounding`.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(saved, own):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, parameters):
             if number not in state_dict["state"]:
                 continue
             expected = {name: (t.dtype, t.shape) for name, t in self._state(parameter).items()}

@@ -1,4 +1,4 @@
-"""Which parameter of a model each tensor of a checkpoint is for, by transformers' own rules."""
+"""From names in a checkpoint to parameters of a model and back, by transformers' own rules."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 def parameters_of(
     names: Iterable[str], model: PreTrainedModel, conversions: Iterable[WeightTransform]
 ) -> dict[str, tuple[list[str], str | None]]:
-    """What `from_pretrained` makes of a checkpoint's names.
+    """The parameters that `from_pretrained` makes of a checkpoint's tensors.
 
     Args:
         names: of the tensors in the checkpoint.
-        model: that is loaded.
-        conversions: with which it is loaded.
+        model: the model to load.
+        conversions: the conversions it is loaded with.
 
     Returns:
         By name, the parameters that the tensor becomes, whether the model has them or not, and the pattern of the
-        conversion that computes them, if one does.
+        conversion that computes them, or None.
     """
-    conversions = deepcopy(list(conversions))  # they remember what they were used for
+    conversions = deepcopy(list(conversions))  # they keep state of their use
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     computing = {pattern: each for each in converters for pattern in each.source_patterns}
-    own: Any = model.state_dict()
+    expected: Any = model.state_dict()
     found = {}
     for name in sorted(names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if renamed not in own and name in own:
-            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, own)
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if renamed not in expected and name in expected:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
         targets = [renamed]
         if pattern is not None:
             first, *_ = patterns = computing[pattern].target_patterns
@@ -57,12 +57,12 @@ def parameters_of(
 def conversions_to_revert(model: PreTrainedModel, int8: Iterable[str]) -> list[WeightTransform]:
     """The conversions that `save_pretrained` would revert if the model were in float.
 
-    They are those that it was loaded with and will be loaded with again, so none that were passed to
-    `from_pretrained`, and those that an int8 checkpoint has no use for.
+    They are those that the model was loaded with and will be loaded with again, which excludes any that were passed to
+    `from_pretrained`, and those that an int8 checkpoint does not need.
 
     Args:
         model: the model.
-        int8: the names of its tensors in int8.
+        int8: names of its tensors in int8.
     """
     loaded_with = getattr(model, "_weight_conversions", None)
     if loaded_with is None:
@@ -70,12 +70,12 @@ def conversions_to_revert(model: PreTrainedModel, int8: Iterable[str]) -> list[W
         return [each for each in conversions if not isinstance(each, PrefixChange)]
     conversions = conversions_of(model)
     apart = conversions_apart_from(int8, conversions)
-    used = set(map(_what_it_does, loaded_with))
-    return [each for each in conversions if each not in apart or _what_it_does(each) in used]
+    used = set(map(_effect, loaded_with))
+    return [each for each in conversions if each not in apart or _effect(each) in used]
 
 
 def conversions_apart_from(names: Iterable[str], conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """Those conversions that, reverted, compute nothing from the tensors of these names."""
+    """The conversions that, when reverted, compute nothing from the tensors of these names."""
     names = list(names)
     return [
         each
@@ -85,7 +85,7 @@ def conversions_apart_from(names: Iterable[str], conversions: Iterable[WeightTra
 
 
 def saved_as(names: Iterable[str], conversions: Iterable[WeightTransform]) -> dict[str, str]:
-    """What tensors, from which reverting the conversions computes nothing, are called in a checkpoint; by name."""
+    """The names in a checkpoint, by name, of tensors from which reverting the conversions computes nothing."""
     reverse = [each.reverse_transform() for each in reversed(list(conversions)) if isinstance(each, WeightRenaming)]
     saved = {}
     for name in names:
@@ -100,5 +100,5 @@ def _computes_from(converter: WeightConverter) -> Callable[[str], bool]:
     return lambda name: reverse.rename_source_key(name)[1] is not None
 
 
-def _what_it_does(conversion: WeightTransform) -> tuple[Any, ...]:
+def _effect(conversion: WeightTransform) -> tuple[Any, ...]:
     return repr(conversion), conversion.scope_prefix, conversion.base_model_prefix

@@ -15,7 +15,7 @@ from .config import QFTConfig
 
 
 class _Layer(NamedTuple):
-    """A module, and what of its model decides about it."""
+    """A module, and the facts of its model that the policy depends on."""
 
     name: str
     module: nn.Module
@@ -27,8 +27,8 @@ class Rule(NamedTuple):
     """A row of the policy; the first that applies to a module decides.
 
     Attributes:
-        role: what such a module is called in reports.
-        applies: whether it is about a module.
+        role: name of such modules in reports.
+        applies: whether the rule covers a module.
         int8: whether the `weight` of such modules is int8.
     """
 
@@ -41,14 +41,14 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|wg|shared_expert_gate|router\.[^.]+)$")
 
 POLICY = (
-    # what a class adds to its base model, so that the base is held alike under every head; a head that is tied to the
+    # all that a class adds to its base model, so that the base is the same under every head; a head tied to the
     # embeddings is the same tensor
     Rule(
         "head",
         lambda layer: layer.head or bool(_HEAD.search(layer.name)),
         lambda config, layer: layer.tied and config.embeddings,
     ),
-    # a few rows, which choose the experts
+    # small, and decides between experts
     Rule("router", lambda layer: bool(_ROUTER.search(layer.name)), lambda config, layer: False),
     Rule(
         "linear layer",
@@ -101,20 +101,20 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _embeddings(model: Any, which: str) -> nn.Module | None:
     try:
         return getattr(model, f"get_{which}_embeddings")()
-    except (AttributeError, NotImplementedError):  # not of transformers, or not of text
+    except (AttributeError, NotImplementedError):  # not a model of transformers, or not one of text
         return None
 
 
 def _added_to_base(model: nn.Module) -> set[nn.Module]:
-    """Modules that belong neither to the model's base model nor to another model within it."""
+    """Modules that belong neither to the model's base model nor to another model inside it."""
     base = getattr(model, "base_model", model)
     if base is model or not isinstance(base, nn.Module):
         return set()
-    within = [base, *(part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)]
-    return set(model.modules()) - {module for part in within for module in part.modules()}
+    inner = [base, *(each for each in model.modules() if isinstance(each, PreTrainedModel) and each is not model)]
+    return set(model.modules()) - {module for each in inner for module in each.modules()}
 
 
 def _is_named(name: str, entry: str, base: str) -> bool:
-    """Whether an entry names a module, as the model's class or as its base's calls it."""
+    """Whether an entry names a module, with or without the prefix of the base model."""
     pairs = ((name, entry), (name.removeprefix(base), entry.removeprefix(base)))
-    return any(own == said or own.endswith(f".{said}") or own.startswith(f"{said}.") for own, said in pairs)
+    return any(full == given or full.endswith(f".{given}") or full.startswith(f"{given}.") for full, given in pairs)

@@ -1,4 +1,4 @@
-"""QFT among the quantizers of transformers: int8 checkpoints are saved and loaded by the stock calls."""
+"""QFT as a quantizer of transformers: `save_pretrained` and `from_pretrained` of int8 models."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .weight import Int8Weight
 
 
 class QFTQuantizer(HfQuantizer):
-    """Loads what [`QFTConfig`] describes: an int8 checkpoint as it is, a float one quantized weight by weight.
+    """Loads a model by its [`QFTConfig`]: an int8 checkpoint unchanged, a float one quantized weight by weight.
 
-    A weight that the checkpoint lacks, as that of a pooler under a new head, is initialized by transformers and then
-    quantized.
+    A weight that the checkpoint lacks, such as that of a pooler under a new head, is initialized by transformers and
+    then quantized.
 
     Attributes:
-        only_first_rows: have `save_pretrained` write the first row of each tensor, to try whether it can.
-        conversions: those that saving the model in float would revert. An int8 checkpoint leaves out the ones that
-            compute with weights in int8, and has these under the model's own names.
+        only_first_rows: have `save_pretrained` write only the first row of each tensor, for a trial.
+        conversions: those that saving the model in float would revert. Saving in int8 leaves out the ones that compute
+            with weights in int8, and writes these weights under their names in the model.
 
     Raises (from `from_pretrained`):
         InvalidCheckpointError: an int8 checkpoint is damaged or does not fit the policy in its config.
@@ -44,7 +44,7 @@ class QFTQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._int8: frozenset[str] = frozenset()
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, from files that are to be checked
+        self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, and files to check
         self.only_first_rows = False
         self.conversions: list[WeightTransform] = []
 
@@ -91,7 +91,7 @@ class QFTQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         if self.quantization_config.experts_apart:
             weight_conversions = with_experts_apart(weight_conversions)
-        # the first that fits a name converts it: parts are ours
+        # the first match of a name converts it, so int8 parts come first
         conversions = [*self.get_weight_conversions(), *weight_conversions]
         if self._loading is not None:
             model, files = self._loading
@@ -100,7 +100,7 @@ class QFTQuantizer(HfQuantizer):
         return conversions
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        if not getattr(model, "_hf_peft_config_loaded", False):  # of which nothing but adapters is saved
+        if not getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved then
             _require_policy(model, self.quantization_config)
             self._check_names(model)
         tensors = flatten(model.state_dict(), getattr(model, "all_tied_weights_keys", {}))
@@ -140,7 +140,7 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def _quantize_new(self, model: PreTrainedModel) -> None:
-        encoded: dict[int, nn.Parameter] = {}  # ties stay
+        encoded: dict[int, nn.Parameter] = {}  # so that ties are kept
         for name in sorted(self._int8):
             weight = model.get_parameter(name)
             if isinstance(weight, Int8Weight) or weight.is_meta:
@@ -151,7 +151,7 @@ class QFTQuantizer(HfQuantizer):
             model.get_submodule(name.rpartition(".")[0]).weight = encoded[id(weight)]
 
     def _check_floats(self, model: PreTrainedModel) -> None:
-        """What transformers 5.14 leaves undone in quantized models: other shapes are refused, renamed tensors cast."""
+        """Refuse other shapes and cast renamed tensors, which transformers 5.14 does not do for quantized models."""
         for name, (shape, dtype) in self._expected.items():
             parameter = model.get_parameter(name)
             if parameter.shape != shape:
@@ -174,13 +174,13 @@ class QFTQuantizer(HfQuantizer):
 
 
 class _Assemble(ConversionOps):
-    """The parts in an int8 checkpoint to a weight."""
+    """Assembles a weight from its parts in an int8 checkpoint."""
 
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
-        return self  # transformers copies conversions for every weight, and this has nothing of one
+        return self  # transformers copies conversions for every weight; this one has no state
 
     def convert(
         self,
@@ -198,7 +198,7 @@ class _Assemble(ConversionOps):
 
 
 class _Encode(ConversionOps):
-    """Float weights to int8, those of them that the policy puts there."""
+    """Encodes the float weights that the policy puts in int8."""
 
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -228,13 +228,13 @@ def _first_row(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def int8_names(model: nn.Module) -> list[str]:
-    """The names of a model's weights in int8, tied ones under each."""
+    """The names of a model's int8 weights, all of them for tied ones."""
     parameters = model.named_parameters(remove_duplicate=False)
     return [name for name, parameter in parameters if isinstance(parameter, Int8Weight)]
 
 
 def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
-    """Raise a `ValueError` if a checkpoint of the model would not be what its config says."""
+    """Raise a `ValueError` if a checkpoint of the model would contradict its config."""
     policy = [f"{name}.weight" for name in int8_modules(model, config)]
     in_policy = {id(model.get_parameter(name)) for name in policy}
     in_float = [name for name in policy if not isinstance(model.get_parameter(name), Int8Weight)]
@@ -250,7 +250,7 @@ def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
 
 
 def attach_quantizer(model: Any, config: QFTConfig) -> None:
-    """Let a model whose weights are int8 by now be saved as an int8 checkpoint, as if it had been loaded from one."""
+    """Make a converted model save int8 checkpoints, as if it had been loaded from one."""
     model.hf_quantizer = QFTQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method

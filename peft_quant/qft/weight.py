@@ -1,4 +1,4 @@
-"""A weight in int8 that is a parameter as any other: `nn.Parameter(Int8Weight.from_dense(weight))`."""
+"""A weight in int8 that can be any parameter: `nn.Parameter(Int8Weight.from_dense(weight))`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Int8Weight(torch.Tensor):
 
         weight[n, k] = codes[n, k] * scales[n, k // g]  (+ outlier value where one lies)
 
-    It looks like a tensor of a floating point dtype, in which it decodes. `F.linear` and `F.embedding` decode it and
-    keep nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored as they are;
+    Its nominal dtype is a floating point one, in which it decodes. `F.linear` and `F.embedding` decode it and keep
+    nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored without decoding;
     every other operation runs on the decoded weight, and one that writes encodes the result, to nearest. So does an
-    assignment of `data`, of any number of rows, but for those that stay as they were: transformers resizes embeddings
-    by it.
+    assignment of `data`, with any number of rows, of which unchanged ones keep their codes: transformers resizes
+    embeddings this way.
 
     Attributes:
         codes: int8 `[N, K]`.
         scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; not zero, of either sign.
         outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending in each row; None without outliers.
         outlier_values: fp32 `[N, R]`, or None.
-        flat: whether it is the view `[N * K]` of a weight.
+        flat: whether it is the flat view `[N * K]` of a weight.
     """
 
     codes: torch.Tensor
@@ -78,7 +78,7 @@ class Int8Weight(torch.Tensor):
 
         Args:
             outlier_ratio: share of each row's weights, the largest ones, that are kept in fp32.
-            dtype: the dtype to look like and to compute in; that of `weight` by default.
+            dtype: the nominal dtype, which is computed in; that of `weight` by default.
 
         Raises:
             ValueError: `weight` is not a matrix, or not finite, or the ratio is not in `[0, 1)`.
@@ -102,18 +102,18 @@ class Int8Weight(torch.Tensor):
         outlier_values: torch.Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Int8Weight:
-        """A weight of tensors taken as they are; see the class for shapes and dtypes.
+        """A weight from its parts; see the class for shapes and dtypes.
 
         Raises:
-            ValueError: shapes or dtypes do not fit, scales are not finite or zero, values not finite, or
-                outliers outside of the row.
+            ValueError: shapes or dtypes do not fit, scales are zero or not finite, values are not finite, or
+                outliers lie outside the row.
         """
         _check(codes, scales, outlier_columns, outlier_values)
         return cls(codes.contiguous(), scales.contiguous(), outlier_columns, outlier_values, dtype)
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors it consists of, by attribute."""
+        """The tensors it consists of, by attribute name."""
         return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
 
     @property
@@ -121,14 +121,14 @@ class Int8Weight(torch.Tensor):
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight, detached, in `dtype` or its own."""
+        """The dense weight, detached, in `dtype` or by default the nominal dtype."""
         return ops.decode_weight(*self._tensors(), dtype or self.dtype).view(self.shape)
 
     @torch.no_grad()
     def refresh(self, key: int) -> None:
-        """Choose outliers anew, and scales where the codes have come to the edge or use less than half of their range.
+        """Recompute outliers, and scales of groups whose codes reach the edge or use less than half of their range.
 
-        In place; rounding is stochastic by the key (`ops.random_key`). What keeps its scale keeps its code.
+        In place; rounding is stochastic by the key (`ops.random_key`). Weights whose scale stays keep their codes.
         """
         ops.refresh_weight(*self._tensors(), key)
 
@@ -145,7 +145,7 @@ class Int8Weight(torch.Tensor):
         *,
         out: Int8Weight | None = None,
     ) -> tuple[Int8Weight, tuple[torch.Tensor, ...]] | None:
-        if out is not None:  # made of the same memory
+        if out is not None:  # shares the memory of what was gathered
             return None
         return Int8Weight.__tensor_unflatten__(dict(zip(self.parts, gathered)), (dtype, False)), gathered
 
@@ -153,16 +153,16 @@ class Int8Weight(torch.Tensor):
         return self.codes, self.scales, self.outlier_columns, self.outlier_values
 
     def _write(self, codes: torch.Tensor, scales: torch.Tensor, *outliers: torch.Tensor | None) -> None:
-        for own, new in zip(self._tensors(), (codes, scales, *outliers)):
-            if own is not None and new is not None:
-                own.copy_(new)
+        for part, new in zip(self._tensors(), (codes, scales, *outliers)):
+            if part is not None and new is not None:
+                part.copy_(new)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> Int8Weight:
         tensors: Any = (None if part is None else function(part) for part in self._tensors())
         return Int8Weight(*(*tensors, dtype or self.dtype, self.flat))
 
     def _encoded_like(self, dense: torch.Tensor) -> Int8Weight:
-        """A dense weight of any number of rows, with the groups and outliers of this one; rows that are equal stay."""
+        """Encode a dense weight, of any number of rows, with the groups and outliers of this one; equal rows stay."""
         dense = dense.detach()
         if dense.dim() != 2 or dense.shape[1] != self.codes.shape[1]:
             raise ValueError(
@@ -183,10 +183,10 @@ class Int8Weight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, torch.Tensor], look: tuple[torch.dtype, bool], size: Any = None, stride: Any = None
+        parts: dict[str, torch.Tensor], nominal: tuple[torch.dtype, bool], size: Any = None, stride: Any = None
     ) -> Int8Weight:
         tensors: Any = (parts.get(name) for name in _PARTS)
-        return Int8Weight(*(*tensors, *look))
+        return Int8Weight(*(*tensors, *nominal))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         outliers = 0 if self.outlier_columns is None else self.outlier_columns.shape[1]
@@ -212,9 +212,9 @@ class Int8Weight(torch.Tensor):
             return _IMPLEMENTED[func](func, *args, **kwargs)
         dense_args, dense_kwargs = tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
-        for argument, own, dense in zip(func._schema.arguments, args, dense_args):
+        for argument, given, dense in zip(func._schema.arguments, args, dense_args):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                written = zip(own, dense) if isinstance(own, (list, tuple)) else ((own, dense),)
+                written = zip(given, dense) if isinstance(given, (list, tuple)) else ((given, dense),)
                 for weight, value in written:
                     if isinstance(weight, Int8Weight):
                         weight.copy_(value)
@@ -251,13 +251,13 @@ def _layout(weight: Int8Weight) -> dict[str, torch.Size]:
 
 
 def _to_copy(func: Any, weight: Int8Weight, *, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
-    """The dtype is how the weight looks; codes and scales keep theirs."""
+    """Only the nominal dtype changes; codes and scales keep theirs."""
     if dtype is not None and not dtype.is_floating_point:
         return func(weight.dequantize(), dtype=dtype, **kwargs)
     return weight._map(lambda part: func(part, **kwargs), dtype)
 
 
-def _of_each_part(func: Any, weight: Int8Weight, *args: Any, **kwargs: Any) -> Int8Weight:
+def _map_parts(func: Any, weight: Int8Weight, *args: Any, **kwargs: Any) -> Int8Weight:
     return weight._map(lambda part: func(part, *args, **kwargs))
 
 
@@ -275,7 +275,7 @@ def _split(func: Any, weight: Int8Weight, size: int, dim: int = 0) -> Any:
 
 
 def _new_zeros(func: Any, weight: Int8Weight, size: Any, **kwargs: Any) -> torch.Tensor:
-    """Rows of int8 that are yet to be written; a dense tensor if they would be of another width or dtype."""
+    """Zero rows in int8, to be written; a dense tensor if they have another width or dtype."""
     if weight.flat or len(size) != 2 or size[1] != weight.shape[1] or kwargs.get("dtype") not in (None, weight.dtype):
         return torch.zeros(size, **{"dtype": weight.dtype, "device": weight.device, **kwargs})
     kwargs.pop("dtype", None)
@@ -304,13 +304,13 @@ def _embedding(func: Any, weight: Any, indices: torch.Tensor, *args: Any) -> tor
 
 
 _IMPLEMENTED: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _of_each_part,
-    aten.alias.default: _of_each_part,
-    aten.clone.default: _of_each_part,
+    aten.detach.default: _map_parts,
+    aten.alias.default: _map_parts,
+    aten.clone.default: _map_parts,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
     aten.embedding.default: _embedding,
-    # FSDP2 shards with these
+    # used by FSDP2 to shard
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.new_zeros.default: _new_zeros,
@@ -356,7 +356,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # knows no meta device
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # it has no meta device
 
 
 def _check(

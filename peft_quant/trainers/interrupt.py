@@ -1,4 +1,4 @@
-"""Training that is interrupted, and goes on: a checkpoint at Ctrl-C, and the last whole one."""
+"""Interrupted training: a checkpoint at Ctrl-C, and the last complete one to resume from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STATE = "trainer_state.json"
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a Trainer that was written to its end; `trainer_state.json` comes last."""
+    """The newest complete checkpoint of a Trainer, which writes `trainer_state.json` last."""
     found = {
         int(directory.name.rpartition("-")[2]): directory
         for directory in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -31,17 +31,17 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         try:
             json.loads((found[step] / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s was not written to its end, and is passed over.", found[step])
+            logger.warning("%s is incomplete and was skipped.", found[step])
             continue
         return os.fspath(found[step])
     return None
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Makes a Trainer write a checkpoint at the first Ctrl-C, after the step it is in, and stop.
+    """Makes a Trainer write a checkpoint at the first Ctrl-C, after the current step, and stop.
 
-    The second one ends a single process at once, as it would without. Processes of one run, each of which a launcher
-    may interrupt more than once, agree on the step.
+    The second Ctrl-C ends a single process at once, as usual. The processes of a distributed run, each of which the
+    launcher may interrupt more than once, agree on the step.
 
     Example:
 
@@ -49,39 +49,39 @@ class SaveOnInterrupt(TrainerCallback):
         >>> interrupt = SaveOnInterrupt(trainer)
         >>> with interrupt.listening():
         ...     trainer.train()
-        >>> interrupt.saved  # whether it was
+        >>> interrupt.saved  # whether training was interrupted
         ```
 
     Attributes:
-        saved: whether the training was stopped, with a checkpoint.
+        saved: whether training was stopped, with a checkpoint.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.saved = False
         self._trainer = trainer
-        self._asked = False
+        self._requested = False
         trainer.add_callback(self)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT within."""
-        before = signal.signal(signal.SIGINT, self._ask)
+        """Handle SIGINT within."""
+        before = signal.signal(signal.SIGINT, self._request)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _ask(self, *_: Any) -> None:
-        if self._asked and self._trainer.accelerator.num_processes == 1:
+    def _request(self, *_: Any) -> None:
+        if self._requested and self._trainer.accelerator.num_processes == 1:
             raise KeyboardInterrupt
-        self._asked = True
+        self._requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         accelerator = self._trainer.accelerator
-        asked = self._asked
+        requested = self._requested
         if accelerator.num_processes > 1:
-            if asked:
+            if requested:
                 accelerator.set_trigger()
-            asked = accelerator.check_trigger()
-        if asked:
+            requested = accelerator.check_trigger()
+        if requested:
             self.saved = control.should_save = control.should_training_stop = True

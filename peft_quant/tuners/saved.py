@@ -1,17 +1,26 @@
-"""What a saved adapter may hold: finite values, of nothing but what it trained."""
+"""The check of a saved adapter before it is loaded: its base, and finite values of nothing but what it trained."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.save_and_load import load_peft_weights
+from transformers import PreTrainedModel
+
+from ..gptq.source import Source
+from ..module_names import LOW_RANK, PEFT_PREFIX, SCALE_DELTAS, split_adapter_key
+from ..registry import check_adapters
+from .layer import check_finite
+from .model import PackedTuner
 
 
-KEY_PREFIX = "base_model.model."
-SCALES = ".peqa_scales"
-
-_ADAPTERS = {"PEQA": (SCALES,), "LREC": (".lora_A.weight", ".lora_B.weight")}
+_PARAMETERS = {"PEQA": (SCALE_DELTAS,), "LREC": LOW_RANK}
 _TOKENS = ".trainable_tokens_delta"
 
 
@@ -20,50 +29,44 @@ def require_trained(
 ) -> dict[str, torch.Tensor]:
     """Check that the tensors of a saved adapter are finite and are what its configuration trains.
 
-    PEFT saves embeddings with an adapter that does not train them where it is asked to, and where the vocabulary was
-    resized. They must be the base's.
+    PEFT also saves embeddings that an adapter does not train, on request and where the vocabulary was resized. They
+    must equal the base's.
 
     Args:
         adapter: what to call it in an error.
         config: its configuration.
         weights: its tensors, by name.
-        base: gives the tensor of the base of a name, with the base's own number of rows; None if it has none.
+        base: gives the tensor of that name in the base, with the base's number of rows; None if it has none.
 
     Returns:
-        The tensors that differ from the base's, by their names in the base model.
+        The tensors that differ from the base's, by name without PEFT's prefix.
 
     Raises:
         ValueError: naming the tensor.
     """
-    trained: dict[str, torch.Tensor] = {}
-    whole = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in weights.items()}
+    differing: dict[str, torch.Tensor] = {}
+    named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
     keeps_ties = getattr(config, "ensure_weight_tying", False)
-    for name, tensor in whole.items():
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise ValueError(
-                f"{adapter}: {name} holds {bad} NaN or infinite values among {tensor.numel()}, so it is damaged or "
-                "its training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-            )
-        is_ours = is_trained(name, config) or (
-            keeps_ties and any(is_trained(other, config) and torch.equal(tensor, whole[other]) for other in whole)
+    for name, tensor in named.items():
+        check_finite(f"{adapter}: {name}", tensor)
+        trained = _is_trained(name, config) or (
+            keeps_ties and any(_is_trained(other, config) and torch.equal(tensor, named[other]) for other in named)
         )
-        of_base = None if is_ours else base(name)
-        if not is_ours and not _is_of_base(tensor, of_base):
+        in_base = None if trained else base(name)
+        if not trained and not _equals_base(tensor, in_base):
             raise ValueError(
                 f"{adapter} holds {name}, which its configuration does not train and which is not the base's: it "
                 f"would overwrite that. Trained are its layers and modules_to_save={_modules(config)}. If it was "
                 "trained, name its module there, in adapter_config.json; else save or download the adapter again."
             )
-        if of_base is None or of_base.shape != tensor.shape:
-            trained[name] = tensor
-    return trained
+        if in_base is None or in_base.shape != tensor.shape:
+            differing[name] = tensor
+    return differing
 
 
-def is_trained(name: str, config: Any) -> bool:
-    """Whether a tensor of a saved adapter, by its name without a prefix, is one that its configuration trains."""
-    method = config.peft_type.value
-    if name.endswith(_ADAPTERS.get(method, ())) or any(f".{module}." in f".{name}" for module in _modules(config)):
+def _is_trained(name: str, config: Any) -> bool:
+    parameters = _PARAMETERS.get(config.peft_type.value, ())
+    if split_adapter_key(name)[1] in parameters or any(f".{module}." in f".{name}" for module in _modules(config)):
         return True
     if getattr(config, "trainable_token_indices", None) is not None and name.endswith(_TOKENS):
         return True
@@ -74,9 +77,51 @@ def _modules(config: Any) -> list[str]:
     return sorted(config.modules_to_save or [])
 
 
-def _is_of_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
+def _equals_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
+    """Whether a matrix equals the base's in the rows that both have, in either dtype."""
     if base is None or base.shape[1:] != tensor.shape[1:] or tensor.ndim != 2:
         return False
     rows = min(len(base), len(tensor))
-    ours, theirs = tensor[:rows].cpu(), base[:rows].detach().cpu()
-    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))
+    saved, stored = tensor[:rows].cpu(), base[:rows].detach().cpu()
+    return torch.equal(saved.to(stored.dtype), stored) or torch.equal(saved, stored.to(saved.dtype))
+
+
+def _check_saved(
+    model: PreTrainedModel | PeftModel, path: str, adapter_name: str, given: Any, hub_options: dict[str, Any]
+) -> None:
+    """Check an adapter's files before it is loaded; see [`check_adapters`]."""
+    try:
+        config: Any = PeftConfig.from_pretrained(path, **hub_options)
+    except ValueError:  # no adapter_config.json, which PEFT does not need if it is given a configuration
+        config = given
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = load_peft_weights(path, device="cpu", **hub_options)
+    require_trained(path, config, weights, partial(_stored_rows, base))
+    recorded = config.base_quantization
+    if recorded is None:
+        warnings.warn(
+            f"{path} does not record the base it was trained on: that it is this model was not checked.", stacklevel=3
+        )
+    elif given is not None and isinstance(model, PeftModel):
+        model.base_model.require_base(adapter_name, recorded, config.base_model_name_or_path)
+    elif given is not None:
+        given.base_quantization = recorded
+
+
+def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """A tensor of a model without adapters, with as many rows as in the model's files, if these are known."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(module), attribute, None)
+    except AttributeError:
+        return None
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    source = Source.of(model, ())
+    stored = None if source is None else source.checkpoint.tensors.get(name)
+    return tensor if stored is None else tensor[: stored.shape[0]]
+
+
+check_adapters(_check_saved)

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 import peft_quant
 from peft_quant import LRECConfig, PEQAConfig, export_lora, merge_checkpoint, write_model_card
 from peft_quant.registry import write_cards
-from peft_quant.tuners.packed import PackedTuner
+from peft_quant.tuners.model import PackedTuner
 
 
 FACTS = {

@@ -21,7 +21,7 @@ from peft_quant import (
 )
 from peft_quant.gptq import dequantize, read_format
 from peft_quant.gptq.source import packed_modules
-from peft_quant.tuners.packed import AdaptedLinear
+from peft_quant.tuners.layer import AdaptedLinear
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

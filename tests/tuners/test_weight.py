@@ -13,7 +13,7 @@ from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from peft_quant import LRECConfig, PEQAConfig, gptq, prepare_gptq_for_training, restore_gptq_forward
-from peft_quant.tuners.packed import AdaptedLinear
+from peft_quant.tuners.layer import AdaptedLinear
 
 
 SIZES = {

@@ -1,15 +1,15 @@
-"""How far a student's next-token distribution is from a teacher's, and its gradient, a chunk of tokens at a time.
+"""The divergence of a student's next-token distribution from a teacher's, and its gradient, in chunks of tokens.
 
-Symbols: `M` tokens, `V` vocabulary, `k` entries of a teacher that is known only there, `T` temperature.
+Symbols: `M` tokens, `V` vocabulary size, `k` known entries of a teacher, `T` temperature.
 
     KL = T^2 * sum_v p_v * log(p_v / q_v),  p = softmax(teacher / T),  q = softmax(student / T)
     CE = -log softmax(student)[target]
 
-A [`TopK`] teacher is known on `k` entries `K` and by the mass of all others, which count as one more entry:
+A [`TopK`] teacher is known on a set `K` of `k` entries, and by the mass of all others, which count as one entry:
 
     KL = T^2 * (sum_{v in K} p_v * log(p_v / q_v) + p_tail * log(p_tail / q_tail)),  q_tail = sum_{v not in K} q_v
 
-This is the full KL, value and gradient, of the teacher that spreads `p_tail` over the rest as the student does.
+Value and gradient are those of the full KL of a teacher that distributes `p_tail` over the rest as the student does.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 
 
 IGNORED = -100
-"""The target of tokens that do not count, as in `torch.nn.functional.cross_entropy`."""
+"""The target of tokens without a loss, as in `torch.nn.functional.cross_entropy`."""
 
-_CHUNK = 1 << 22  # elements of a chunk of logits
+_CHUNK = 1 << 22  # logits
 
 
 class TopK(NamedTuple):
-    """A distribution by its largest entries.
+    """A distribution given by its largest entries.
 
     Attributes:
-        indices: the entries, integers `[M, k]`.
-        log_probs: their logarithms, and in the last column that of the mass of all other entries, `[M, k + 1]`. Rows
-            are normalized before use, so they may be rounded to 16 bits.
+        indices: token ids of the entries, integers `[M, k]`.
+        log_probs: their log-probabilities, and in the last column that of all other entries together, `[M, k + 1]`.
+            Rows are normalized before use, so they may be rounded to 16 bits.
     """
 
     indices: torch.Tensor
@@ -40,7 +40,7 @@ class TopK(NamedTuple):
 
 
 class DistillationLoss(NamedTuple):
-    """Sums over tokens: `loss = kl_weight * kl + ce_weight * ce`, which alone has a gradient; fp32 scalars."""
+    """Sums over tokens: `loss = kl_weight * kl + ce_weight * ce`, and only `loss` has a gradient; fp32 scalars."""
 
     loss: torch.Tensor
     kl: torch.Tensor
@@ -58,19 +58,19 @@ def distillation_loss(
 ) -> DistillationLoss:
     """KL from the teacher and cross entropy of the targets, summed over the tokens whose target is not `IGNORED`.
 
-    Computed in fp32, a chunk of tokens at a time. Where `logits` needs a gradient, **`logits` is overwritten** with
-    it: nothing else of that size is kept, and backward runs once.
+    Computed in fp32, a chunk of tokens at a time. If `logits` needs a gradient, **`logits` is overwritten** with it:
+    nothing else of that size is kept, and backward can run only once.
 
     Args:
         logits: the student's, `[..., V]`.
         targets: the next token at each position, integers of the leading shape of `logits`.
-        teacher: logits of the same shape or a [`TopK`] of `M` rows at the same temperature; without one `kl` is 0.
+        teacher: logits of the same shape, or a [`TopK`] of `M` rows at the same temperature; `kl` is 0 without one.
         kl_weight: weight of KL in `loss`.
         ce_weight: weight of the cross entropy in `loss`.
-        temperature: `T`, for KL alone.
+        temperature: `T`, which applies to KL only.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit each other.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {list(targets.shape)} do not fit logits {list(logits.shape)}.")
@@ -135,7 +135,7 @@ class _DistillationLoss(torch.autograd.Function):
                     log_q = torch.log_softmax(scores / temperature, -1)
                 log_p = _log_p(teacher, rows, log_q, temperature)
                 p = log_p.exp()
-                # where p is 0 its logarithm may be infinite
+                # log_p may be infinite where p is 0
                 kl += (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum() * temperature**2
                 grad.add_(log_q.exp_().sub_(p), alpha=kl_weight * temperature)
             if differentiate:
@@ -153,7 +153,7 @@ class _DistillationLoss(torch.autograd.Function):
 
 
 def _log_p(teacher: torch.Tensor | TopK, rows: torch.Tensor, log_q: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The teacher's log-probabilities at `rows`, `[m, V]`; what a `TopK` lacks is spread as in `log_q`."""
+    """The teacher's log-probabilities at `rows`, `[m, V]`; the tail of a `TopK` is distributed as in `log_q`."""
     if not isinstance(teacher, TopK):
         return torch.log_softmax(teacher[rows].float() / temperature, -1)
     indices = teacher.indices[rows].long()

@@ -1,4 +1,4 @@
-"""Training an LREC branch so that the quantized model says what the float one does."""
+"""Distillation of the float model into an LREC adapter of the quantized one."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...tuners.lrec.layer import LRECLinear
+from .cache import CachedTeacher, data_fingerprint
 from .loss import IGNORED, distillation_loss
-from .teacher import CachedTeacher, ModelTeacher, data_fingerprint, last_hidden_state, tokenizer_fingerprint
+from .teacher import ModelTeacher, last_hidden_state, tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
 
 _TERMS = ("kl", "ce", "hidden")
-_ALIKE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+_COMMON = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass
 class LRECTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and the weights of [`LRECTrainer`]'s loss.
 
-    Every term is a mean per predicted token, so a weight means the same at every length, batch size and number of
-    accumulation steps. INT2.1 sums KL over a sequence and takes the mean of the cross entropy: its weights of 10 (4
-    bits) to 120 (2 bits) for the latter, on sequences of 2048 tokens, are a `ce_weight` of 0.005 to 0.06 here.
+    Every term is a mean per predicted token, so a weight has the same effect at every length, batch size and number of
+    accumulation steps. INT2.1 sums KL over a sequence and averages the cross entropy: its weights of 10 (4 bits) to
+    120 (2 bits) for the latter, on sequences of 2048 tokens, are a `ce_weight` of 0.005 to 0.06 here.
 
     Args:
         kl_weight (`float`): Weight of KL(teacher || student), which is multiplied by `temperature ** 2`.
         ce_weight (`float`): Weight of the cross entropy of the next token.
         hidden_weight (`float`):
-            Weight of the squared difference of the last hidden states, a mean over the features (RILQ, arXiv
+            Weight of the squared difference of the last hidden states, averaged over the features (RILQ, arXiv
             2412.01129). Needs a live teacher.
         temperature (`float`): Divides the logits of both in KL.
 
     Raises:
-        ValueError: a negative weight, weights that are all zero, a temperature that is not positive, or
-            `label_smoothing_factor`, which this loss does not have.
+        ValueError: a negative weight, all weights zero, a temperature that is not positive, or
+            `label_smoothing_factor`, which this loss does not support.
     """
 
     kl_weight: float = field(
@@ -73,32 +74,32 @@ class LRECTrainingArguments(TrainingArguments):
             raise ValueError(f"temperature={self.temperature}: use a positive number.")
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} has no place in LRECTrainer's loss: leave it "
-                "at 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported by LRECTrainer's loss: leave "
+                "it at 0."
             )
 
 
 class LRECTrainer(Trainer):
-    """Trains the LREC branches of a GPTQ model so that its next-token distribution matches the float model's (INT2.1,
-    Chai et al., 2023, arXiv 2306.08162):
+    """Distills the float model into the LREC adapter of a GPTQ model (INT2.1, Chai et al., 2023, arXiv 2306.08162):
 
         loss = kl_weight * KL(teacher || student) + ce_weight * CE + hidden_weight * MSE(last hidden states)
 
-    each a mean per predicted token: one whose label is not -100, and of which `attention_mask` leaves out neither
-    itself nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if it is wanted, `hidden`
-    beside the loss; evaluation takes the mean over all tokens, not over batches.
+    Each term is a mean per predicted token. Predicted are the tokens whose label is not -100, if `attention_mask`
+    excludes neither them nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if used,
+    `hidden` beside the loss; evaluation averages over all tokens, not over batches.
 
-    The student's logits are overwritten with their gradient, chunk by chunk, and exist once.
+    The student's logits are overwritten with their gradient, chunk by chunk, so only one such tensor exists.
 
     Args:
-        model: the student, with a trainable LREC adapter on a causal language model.
+        model: the student, a causal language model with a trainable LREC adapter.
         args ([`LRECTrainingArguments`]): with the weights of the loss.
         teacher: the float model that was quantized, in memory or offloaded by accelerate (`device_map`,
             `cpu_offload`, `disk_offload`), which streams it block by block; or the directory of a cache written by
-            [`cache_teacher`], which must have every sample to train and evaluate on. What it will hold is logged. Not
-            needed where only `ce_weight` is above 0.
-        teacher_processing_class: the teacher's tokenizer, to be compared with `processing_class`. A cache has its own.
-        kwargs: as [`~transformers.Trainer`]'s. Batches need `labels`.
+            [`cache_teacher`], which must have every sample to train and evaluate on. Its memory is logged. Not needed
+            if only `ce_weight` is above 0.
+        teacher_processing_class: the teacher's tokenizer, to be compared with `processing_class`. A cache records its
+            own.
+        kwargs: as for [`~transformers.Trainer`]. Batches need `labels`.
 
     Raises:
         TypeError: `args` or `teacher` of another type.
@@ -137,7 +138,7 @@ class LRECTrainer(Trainer):
         self.teacher = _open_teacher(teacher, args)
         given = tokenizer_fingerprint(teacher_processing_class)
         if isinstance(self.teacher, ModelTeacher):
-            _check_alike(self.teacher.model, model)
+            _check_architecture(self.teacher.model, model)
         elif self.teacher is not None:
             _check_cache(self.teacher, model, args)
             for name in ("train_dataset", "eval_dataset"):
@@ -150,10 +151,10 @@ class LRECTrainer(Trainer):
                 f"One process would use {self.args.n_gpu} GPUs (DataParallel), which LRECTrainer does not support: "
                 "start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.model_accepts_loss_kwargs = True  # so that tokens are counted over all accumulation steps
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts tokens over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
         self._reset_logs()
-        self._evaluated = self._no_tokens()
+        self._evaluated = self._zero_sums()
         if self.teacher is not None:
             logger.info(str(self.teacher))
             self.teacher.to(self.args.device)
@@ -172,22 +173,22 @@ class LRECTrainer(Trainer):
         targets = next_tokens(inputs)
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         wants_hidden = self.args.hidden_weight > 0
-        taught = None if self.teacher is None else self.teacher(inputs, wants_hidden)
+        target = None if self.teacher is None else self.teacher(inputs, wants_hidden)
         with last_hidden_state(self.accelerator.unwrap_model(model), wants_hidden) as states:
             outputs = model(**inputs)
         logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
         loss, kl, ce = distillation_loss(
             logits,
             targets,
-            None if taught is None else taught.distribution,
+            None if target is None else target.distribution,
             kl_weight=self.args.kl_weight,
             ce_weight=self.args.ce_weight,
             temperature=self.args.temperature,
         )
         sums = {"kl": kl, "ce": ce}
         scored = targets != IGNORED
-        if taught is not None and taught.hidden is not None:
-            hidden = (states[-1][scored].float() - taught.hidden[scored].float()).square().mean(-1).sum()
+        if target is not None and target.hidden is not None:
+            hidden = (states[-1][scored].float() - target.hidden[scored].float()).square().mean(-1).sum()
             sums["hidden"] = hidden.detach()
             loss = loss + self.args.hidden_weight * hidden
         values = torch.stack([sums[term] for term in self._terms])
@@ -195,7 +196,7 @@ class LRECTrainer(Trainer):
             self._evaluated += torch.cat([values, scored.sum()[None]])
         scale = 1 / scored.sum().clamp(min=1)
         if num_items_in_batch is not None:
-            # the gradients of processes are averaged, their tokens added up
+            # gradients are averaged over processes, tokens summed
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             scale = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
         if model.training:
@@ -212,7 +213,7 @@ class LRECTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._evaluated = self._no_tokens()
+        self._evaluated = self._zero_sums()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         *sums, tokens = self.accelerator.gather(self._evaluated[None]).sum(0).tolist()
         if tokens and output.metrics is not None:
@@ -233,8 +234,8 @@ class LRECTrainer(Trainer):
         self._steps: set[int] = set()
         self._trained = torch.zeros(len(self._terms), device=self.args.device)
 
-    def _no_tokens(self) -> torch.Tensor:
-        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # sums of the terms, and of tokens
+    def _zero_sums(self) -> torch.Tensor:
+        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # of the terms, and the number of tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         targets = [next_tokens(batch) for batch in batch_samples]
@@ -242,7 +243,7 @@ class LRECTrainer(Trainer):
 
 
 def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
-    """The token to predict at each position of a batch, `[..., T]`; -100 where none is.
+    """The token to predict at each position of a batch, `[..., T]`; -100 where there is none.
 
     Raises:
         ValueError: the batch has no labels.
@@ -250,7 +251,7 @@ def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(
-            f"The batch has {sorted(batch)} and no `labels`, which say which tokens count: use "
+            f"The batch has {sorted(batch)} and no `labels`, which mark the tokens that count: use "
             "`DataCollatorForLanguageModeling(tokenizer, mlm=False)`, or a `labels` column like `input_ids`."
         )
     mask = batch.get("attention_mask")
@@ -276,22 +277,20 @@ def _open_teacher(teacher: Any, args: LRECTrainingArguments) -> ModelTeacher | C
 def _check_student(model: Any) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is not a causal language model, which LRECTrainer is for.")
-    branches = [
-        branch.weight for layer in model.modules() if isinstance(layer, LRECLinear) for branch in layer.lora_B.values()
-    ]
-    if not any(branch.requires_grad for branch in branches):
+        raise ValueError(f"{type(model).__name__} is not a causal language model, which LRECTrainer needs.")
+    layers = [layer for layer in model.modules() if isinstance(layer, LRECLinear) and layer.lora_B]
+    if not any(matrix.weight.requires_grad for layer in layers for matrix in layer.lora_B.values()):
         raise ValueError(
-            f"{type(model).__name__} has no trainable LREC adapter ({len(branches)} frozen branches): use "
+            f"{type(model).__name__} has no trainable LREC adapter ({len(layers)} frozen layers): use "
             "`get_peft_model(model, LRECConfig(...))`, or `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
 
 
-def _check_alike(teacher: PreTrainedModel, student: Any) -> None:
+def _check_architecture(teacher: PreTrainedModel, student: Any) -> None:
     of_teacher, of_student = (
-        {name: getattr(model.config.get_text_config(), name, None) for name in _ALIKE} for model in (teacher, student)
+        {name: getattr(model.config.get_text_config(), name, None) for name in _COMMON} for model in (teacher, student)
     )
-    different = [name for name in _ALIKE if of_teacher[name] != of_student[name]]
+    different = [name for name in _COMMON if of_teacher[name] != of_student[name]]
     if different:
         raise ValueError(
             f"The teacher has {', '.join(f'{name}={of_teacher[name]!r}' for name in different)}, the student "
@@ -322,13 +321,13 @@ def _check_cache(cache: CachedTeacher, student: Any, args: LRECTrainingArguments
     if cache.manifest["temperature"] != args.temperature:
         raise ValueError(
             f"The teacher cache {cache.directory} is for temperature={cache.manifest['temperature']}, asked for was "
-            f"{args.temperature}. What a cache leaves out cannot be told at another temperature: train at its own, or "
-            "make another with `cache_teacher(..., temperature=...)`."
+            f"{args.temperature}. The entries that a cache leaves out are unknown at another temperature: train at "
+            "its own, or make another with `cache_teacher(..., temperature=...)`."
         )
 
 
 def _check_samples(cache: CachedTeacher, dataset: Any, name: str) -> None:
-    """That a cache has all samples of a dataset, as far as the dataset shows them before collation."""
+    """Check that a cache has all samples of a dataset, if their ids are known before collation."""
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             _check_samples(cache, part, f"{name}[{key!r}]")

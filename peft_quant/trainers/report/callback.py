@@ -29,7 +29,7 @@ from ...export.card import package_versions, public_name
 from ...first_step import sample
 from ...inspection import layer_changes
 from ...qft.weight import Int8Weight
-from ...tuners.packed import AdaptedLinear
+from ...tuners.layer import AdaptedLinear
 from ..memory import planned_memory
 from .page import Changes, Evaluation, Sample, TrainingReport, format_bytes, format_seconds, write_training_report
 

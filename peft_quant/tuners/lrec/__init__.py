@@ -1,4 +1,4 @@
-"""LREC: a low-rank branch beside packed weights."""
+"""LREC: a low-rank adapter beside packed weights."""
 
 from ...registry import add_peft_type
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -12,43 +12,40 @@ from peft.utils.peft_types import PeftType
 from ...compat import __version__
 
 
-# of LoRA's own options, those that LREC has too
-_LORA_OPTIONS = frozenset(
-    {
-        "r",
-        "bias",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "init_lora_weights",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-    }
-)
+# LoRA's options that LREC has too, beside those of every PEFT method
+_LORA_OPTIONS = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+}
 
-# PEFT spells it with the name of the method too
-_BIASES = ("none", "all", "lora_only", "lrec_only")
+_BIASES = ("none", "all", "lora_only", "lrec_only")  # PEFT accepts the last one too, by the method's name
 
-FLOAT_STARTS = ("svd", "whitened")
-"""Starts computed from the float model."""
+FLOAT_INITIALIZATIONS = ("svd", "whitened")
+"""Initializations that need the float model."""
 
 
 @dataclass
 class LRECConfig(LoraConfig):
-    """Configuration of a [`LRECModel`], which trains a low-rank branch beside the packed weights of a GPTQ model (the
+    """Configuration of a [`LRECModel`], which trains a low-rank adapter beside the packed weights of a GPTQ model (the
     scheme of INT2.1, Chai et al., 2023, arXiv 2306.08162).
 
     Args:
-        r (`int`): Rank of the branch.
-        lora_alpha (`int`): The branch is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
-        lora_dropout (`float`): Probability of dropping an element of the branch's input in training.
+        r (`int`): Rank of the adapter.
+        lora_alpha (`int`): The adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout (`float`): Probability of dropping an element of the adapter's input in training.
         bias (`"none"`, `"all"` or `"lora_only"`):
             Biases to train and save with the adapter, as in LoRA: those of the adapted layers, or with `"all"` also
             those of float modules. Other GPTQ layers keep theirs. Needs PEFT 0.21.
@@ -70,18 +67,18 @@ class LRECConfig(LoraConfig):
             Tokens whose embeddings to train, as in LoRA.
         ensure_weight_tying (`bool`): Keep embeddings tied that are in `modules_to_save` or partly trained.
         init_lora_weights (`bool` or `"gaussian"`):
-            How to draw A: `True` as `nn.Linear` does, `"gaussian"` with standard deviation `1 / r`. `False` draws B as
-            well, so that the branch is not zero, which is for tests only.
+            Initialization of A: `True` as in `nn.Linear`, `"gaussian"` with standard deviation `1 / r`. `False` draws
+            B at random as well, so that the adapter is not zero, for tests only.
         init_lrec_weights (`str`):
-            What the branch starts as: `"zero"`, which leaves the model as it is. `"svd"` and `"whitened"` are written
-            by [`initialize_lrec_weights`], which needs the float weights, and name the start of a saved adapter.
+            `"zero"`, which leaves the model unchanged. [`initialize_lrec_weights`], which needs the float weights,
+            sets it to `"svd"` or `"whitened"`, to record how an adapter was initialized.
         save_as_lora (`bool`):
             Save the adapter as a LoRA adapter, as [`export_lora`] writes them: PEFT loads it without peft_quant, and
             does not check that its base is the one it was trained on.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
-            What is filled in, of which `target_modules` may be a part, is renewed when the config is used on another
-            base.
+            Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
+            on another base.
         base_fingerprint (`str`, *optional*):
             Filled in by the library: the fingerprint of every GPTQ layer of the base model, whether it is adapted or
             not. Adapters that replace each other by hot-swapping must agree in it.
@@ -89,7 +86,7 @@ class LRECConfig(LoraConfig):
             Filled in by the library: the version that made the adapter. In the saved file it tells which package to
             import before PEFT can load the adapter.
 
-    LoRA's other options are refused when the adapter is put on a model.
+    LoRA's other options are refused when the adapter is added to a model.
 
     Raises:
         ValueError: for values that contradict each other or are not among those named above.
@@ -102,7 +99,7 @@ class LRECConfig(LoraConfig):
     init_lrec_weights: str = field(
         default="zero",
         metadata={
-            "help": "What the branch starts as: 'zero' leaves the model as it is; 'svd' and 'whitened' are written by "
+            "help": "Initialization: 'zero' leaves the model unchanged; 'svd' and 'whitened' are set by "
             "`initialize_lrec_weights`."
         },
     )
@@ -122,7 +119,7 @@ class LRECConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            self.target_modules = None  # the same, and it goes with `layers_to_transform`
+            self.target_modules = None  # equivalent, and allowed together with `layers_to_transform`
         super().__post_init__()
         self.peft_type = PeftType.LREC
         if self.peft_quant_version is None:
@@ -134,15 +131,15 @@ class LRECConfig(LoraConfig):
                 )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: use a probability of at least 0 and below 1.")
-        if self.init_lrec_weights not in ("zero", *FLOAT_STARTS):
+        if self.init_lrec_weights not in ("zero", *FLOAT_INITIALIZATIONS):
             raise ValueError(f"init_lrec_weights={self.init_lrec_weights!r}: use 'zero', 'svd' or 'whitened'.")
 
     def to_lora(self) -> LoraConfig:
-        """The same as a configuration of LoRA, which does not record the base's format and fingerprint."""
+        """The equivalent LoRA configuration, which does not record the base's format and fingerprint."""
         return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As of any PEFT config; of LoRA's with `save_as_lora`."""
+        """As of any PEFT configuration; with `save_as_lora`, save the equivalent LoRA configuration."""
         if self.save_as_lora:
             self.to_lora().save_pretrained(save_directory, **kwargs)
         else:
@@ -151,7 +148,7 @@ class LRECConfig(LoraConfig):
     def refuse_other_lora_options(self) -> None:
         """Raise a `ValueError` that names an option of LoRA, or a value of one, that LREC does not have.
 
-        Called when the adapter is put on a model. The config itself may hold what a `LoraConfig` may.
+        Called when the adapter is added to a model: the configuration alone accepts all that a `LoraConfig` does.
         """
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
@@ -160,13 +157,11 @@ class LRECConfig(LoraConfig):
             )
         if self.bias not in _BIASES:
             raise ValueError(f"bias={self.bias!r}: use 'none', 'all' or 'lora_only'.")
-        common = {option.name for option in fields(PeftConfig)}
+        accepted = {*_LORA_OPTIONS, *(option.name for option in fields(PeftConfig))}
+        default = LoraConfig()
         for option in fields(LoraConfig):
-            if option.name in common or option.name in _LORA_OPTIONS:
-                continue
-            default = option.default if option.default_factory is MISSING else option.default_factory()
             value = getattr(self, option.name)
-            if value != default:
+            if option.name not in accepted and value != getattr(default, option.name):
                 raise ValueError(
                     f"{option.name}={value!r} is an option of LoRA that LREC does not have. Leave it out, or use "
                     "`LoraConfig` with `prepare_gptq_for_training`."

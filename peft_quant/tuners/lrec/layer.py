@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ... import gptq
-from ..packed import AdaptedLinear
+from ..layer import AdaptedLinear
 from .config import LRECConfig
 
 
@@ -22,7 +22,7 @@ CANNOT_MERGE = (
 
 
 class LRECLinear(AdaptedLinear, LoraLayer):
-    """A GPTQ linear layer with low-rank branches.
+    """A GPTQ linear layer with low-rank adapters.
 
     Each adapter is a pair of matrices, `lora_A[adapter].weight` of shape `[r, in_features]` and
     `lora_B[adapter].weight` of shape `[out_features, r]`:
@@ -65,7 +65,7 @@ class LRECLinear(AdaptedLinear, LoraLayer):
         return self.packed.in_features, self.packed.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
-        # without a dtype: PEFT would cast the fp32 adapter to the one of `weight`, fp16 on gptqmodel's layers
+        # no dtype: PEFT would cast the fp32 adapter to that of `weight`, fp16 on gptqmodel's layers
         return gptq.packed_tensors(base_layer).qweight.device, None
 
     def update_layer(self, adapter_name: str, config: LRECConfig, *, r: int, lora_alpha: float) -> None:
@@ -82,14 +82,14 @@ class LRECLinear(AdaptedLinear, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def free_bias(self) -> None:
-        """Let the base layer's bias, which is a buffer in GPTQ layers, train: it becomes a parameter, in fp32."""
+        """Make the base layer's bias, a buffer in GPTQ layers, an fp32 parameter, which can be trained."""
         base_layer = self.get_base_layer()
         bias = getattr(base_layer, "bias", None)
         if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == torch.float32):
             del base_layer.bias
             base_layer.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
 
-    def own(self, adapter_names: list[str]) -> list[str]:
+    def known_adapters(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lora_A]
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -98,10 +98,10 @@ class LRECLinear(AdaptedLinear, LoraLayer):
             return gptq.linear(base_layer, self.packed, x)
         if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapter_names):
             return self._forward_with_dropout(x, adapter_names)
-        return gptq.lora_linear(base_layer, self.packed, x, *self._branch(adapter_names))
+        return gptq.lora_linear(base_layer, self.packed, x, *self._combined(adapter_names))
 
-    def _branch(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A, B and scaling of one branch that equals those of the adapters; ranks add up."""
+    def _combined(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A, B and scaling of one adapter that equals the sum of the given ones; ranks add up."""
         if len(adapter_names) == 1:
             (name,) = adapter_names
             scaling = self.scaling[name]

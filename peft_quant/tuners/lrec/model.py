@@ -14,14 +14,14 @@ from torch import nn
 from ... import gptq
 from ...gptq.base_record import digests
 from ...gptq.fingerprint import fingerprint
-from ..packed import PackedTuner
-from .config import FLOAT_STARTS, LRECConfig
+from ..model import PackedTuner
+from .config import FLOAT_INITIALIZATIONS, LRECConfig
 from .layer import CANNOT_MERGE, LRECLinear
 
 
 class LRECModel(PackedTuner, LoraModel):
-    """Trains a low-rank branch beside the packed weights of a GPTQ model (the scheme of INT2.1, Chai et al., 2023,
-    arXiv 2306.08162). The base stays as it is; no dense weight is kept for backward.
+    """Trains a low-rank adapter beside the packed weights of a GPTQ model (the scheme of INT2.1, Chai et al., 2023,
+    arXiv 2306.08162). The base stays unchanged; no dense weight is kept for backward.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
@@ -64,8 +64,8 @@ class LRECModel(PackedTuner, LoraModel):
                 "`bias` out."
             )
         start = peft_config.init_lrec_weights
-        # a saved adapter brings its weights along, and names its base
-        if start in FLOAT_STARTS and not peft_config.inference_mode and peft_config.base_quantization is None:
+        # a saved adapter has its weights already, and names its base
+        if start in FLOAT_INITIALIZATIONS and not peft_config.inference_mode and peft_config.base_quantization is None:
             raise ValueError(
                 f"init_lrec_weights={start!r} needs the float weights. Leave it out of the configuration, and call "
                 f"`peft_quant.initialize_lrec_weights(model, float_model, start={start!r})` on the adapted model."
@@ -78,7 +78,7 @@ class LRECModel(PackedTuner, LoraModel):
         try:
             formats = {name: gptq.read_format(layer, name) for name, layer in others.items()}
         except (gptq.RepackedLayerError, ValueError):
-            config.base_fingerprint = None  # a layer that is not adapted cannot be read
+            config.base_fingerprint = None  # a layer without an adapter cannot be read
             return of_adapted
         layers = self._base_layers(formats, packed_layers)
         if of_adapted and layers is not None:
@@ -87,7 +87,7 @@ class LRECModel(PackedTuner, LoraModel):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         if any(config.bias != "none" for config in self.peft_config.values()):
-            for _, layer in self._adapted_layers():
+            for layer in self._adapted_layers().values():
                 layer.free_bias()
         super()._mark_only_adapters_as_trainable(model)
 
@@ -97,7 +97,7 @@ class LRECModel(PackedTuner, LoraModel):
         if bias == "all":
             found = any(name.endswith("bias") for name, _ in model.named_parameters())
         else:
-            found = bias == "none" or any(layer.bias is not None for _, layer in self._adapted_layers())
+            found = bias == "none" or any(layer.bias is not None for layer in self._adapted_layers().values())
         if not found:
             warnings.warn(f"bias={bias!r}, but there are no biases to train: the option does nothing.", stacklevel=2)
 
@@ -120,9 +120,9 @@ class LRECModel(PackedTuner, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As LoRA's, also for adapters that choose their layers or scale their branches in different ways.
+        """As LoRA's, also for adapters with different target layers or scalings.
 
-        A module that one of them has in `modules_to_save` is taken over as it is.
+        A module that one of them has in `modules_to_save` is copied unchanged.
         """
         if adapter_name in self.peft_config:
             return
@@ -134,11 +134,11 @@ class LRECModel(PackedTuner, LoraModel):
                     "adapters without."
                 )
         modules_to_save = self._modules_to_save(list(given))
-        # LoRA's gives the new adapter the first one's options, which are not all true of the combination
+        # LoRA's gives the new adapter the first one's options, not all of which hold for the combination
         for name, config in given.items():
             self.peft_config[name] = replace(
                 config,
-                target_modules=[key for key, layer in self._adapted_layers() if name in layer.lora_A],
+                target_modules=[key for key, layer in self._adapted_layers().items() if name in layer.lora_A],
                 exclude_modules=None,
                 layers_to_transform=None,
                 layers_pattern=None,
@@ -150,14 +150,11 @@ class LRECModel(PackedTuner, LoraModel):
             )
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-            self._take_over_modules(adapters, adapter_name)
+            self._copy_modules(adapters, adapter_name)
         finally:
             self.peft_config.update(given)
-        for _, layer in self._adapted_layers():
+        for layer in self._adapted_layers().values():
             if adapter_name in layer.lora_A:
                 for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-                    # by `svd` it is a strided view that keeps all singular vectors
+                    # the `svd` combination is a strided view that keeps all singular vectors alive
                     matrix.weight.data = matrix.weight.data.clone(memory_format=torch.contiguous_format)
-
-    def _adapted_layers(self) -> list[tuple[str, LRECLinear]]:
-        return [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LRECLinear)]

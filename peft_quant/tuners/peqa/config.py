@@ -34,11 +34,11 @@ class PEQAConfig(PeftConfig):
             so that serving changes nothing, and starts from the base as bf16 serves it. By default training sees the
             scales as the checkpoint stores them (fp16).
         init_weights (`bool`):
-            Start from zero deltas, which leave the model as it is. `False` draws random ones, which is for tests only.
+            Initialize the deltas to zero, which leaves the model unchanged. `False` draws random ones, for tests only.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
-            What is filled in, of which `target_modules` may be a part, is renewed when the config is used on another
-            base.
+            Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
+            on another base.
         peft_quant_version (`str`, *optional*):
             Filled in by the library: the version that made the adapter. In the saved file it tells which package to
             import before PEFT can load the adapter.
@@ -67,7 +67,7 @@ class PEQAConfig(PeftConfig):
         default=None, metadata={"help": "'bfloat16' if the merged model will be served in bf16."}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "Start from zero deltas; False draws random ones (for tests)."}
+        default=True, metadata={"help": "Initialize the deltas to zero; False draws random ones (for tests)."}
     )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}

@@ -13,19 +13,19 @@ from torch import nn
 
 from ... import gptq
 from ...ops import round_scales_straight_through
-from ..packed import AdaptedLinear
+from ..layer import AdaptedLinear, check_finite
 from .config import PEQAConfig
 
 
 class PEQALayer(AdaptedLinear):
-    """What PEQA adds to a GPTQ layer.
+    """The adapters of a GPTQ layer.
 
     Each adapter is one delta per scale, `peqa_scales[adapter]` of shape `[groups, out_features]`. The weight is
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    with `round` to what the checkpoint can store, on the side of zero where the scale is, and the straight-through
-    gradient, so that merging changes nothing.
+    where `round` gives a value that the checkpoint can store, of the same sign as the base's scale, so that merging
+    changes nothing. Its gradient is straight-through.
     """
 
     adapter_layer_names = ("peqa_scales",)
@@ -59,7 +59,7 @@ class PEQALayer(AdaptedLinear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own would also cast the fp32 delta to the dtype of `weight`, fp16 on gptqmodel's layers
+        # PEFT's version would also cast the fp32 delta to the dtype of `weight`, fp16 on gptqmodel's layers
         delta = self.peqa_scales[adapter_name]
         if not delta.is_meta:
             delta.data = delta.data.to(device or self.base_scales.device)
@@ -82,20 +82,20 @@ class PEQALayer(AdaptedLinear):
                 return self.serving_dtype[name]
         return None
 
-    def own(self, adapter_names: list[str]) -> list[str]:
+    def known_adapters(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.peqa_scales]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the tuned scales into the base layer. Deltas of several adapters add up in fp32 and are rounded once.
 
         Args:
-            safe_merge: accepted for PEFT's sake; the check it asks for is always made.
+            safe_merge: ignored: its check is always made.
             adapter_names: the adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: an adapter holds NaN or infinite values. Nothing is changed then.
+            ValueError: an adapter holds NaN or infinite values. The layer is unchanged then.
         """
-        adapter_names = self.own(check_adapters_to_merge(self, adapter_names))
+        adapter_names = self.known_adapters(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
         all_merged = [*self.merged_adapters, *adapter_names]
@@ -110,11 +110,11 @@ class PEQALayer(AdaptedLinear):
 
     def check_finite(self, adapter_names: list[str], layer_name: str = "layer") -> None:
         """Raise a `ValueError` naming the adapter if one of the given ones holds NaN or infinite values."""
-        for name in self.own(adapter_names):
+        for name in self.known_adapters(adapter_names):
             check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
     def unmerge(self) -> None:
-        """Give the base layer its own scales back, bit by bit."""
+        """Restore the scales of the base layer, bit by bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -147,16 +147,6 @@ class PEQALinear(PEQALayer):
 
     def __repr__(self) -> str:
         return "peqa." + super().__repr__()
-
-
-def check_finite(owner: str, delta: torch.Tensor) -> None:
-    """Raise a `ValueError` naming the owner if scale deltas hold NaN or infinite values."""
-    bad = delta.numel() - int(torch.isfinite(delta).sum())
-    if bad:
-        raise ValueError(
-            f"{owner} holds {bad} NaN or infinite values among {delta.numel()} scale deltas, so it is damaged or its "
-            "training diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-        )
 
 
 def _refuse_non_finite(module: nn.ParameterDict, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..packed import PackedTuner
+from ..model import PackedTuner
 from .layer import PEQALayer, PEQALinear
 
 
 class PEQAModel(PackedTuner):
-    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers alone (PEQA, Kim et al., 2023, arXiv
-    2305.14152). Because only scales change, the merged model is again a plain GPTQ checkpoint.
+    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers unchanged (PEQA, Kim et al., 2023,
+    arXiv 2305.14152). Because only scales change, the merged model is again a plain GPTQ checkpoint.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
@@ -52,26 +52,25 @@ class PEQAModel(PackedTuner):
     def _check_merge_allowed(self) -> None:
         """Check all layers before the first is merged, so that a damaged adapter leaves none of them merged."""
         super()._check_merge_allowed()
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, PEQALayer):
-                layer.check_finite(layer.active_adapters, name)
+        for name, layer in self._adapted_layers().items():
+            layer.check_finite(layer.active_adapters, name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         quantization_config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         if merge and getattr(quantization_config, "backend", None) is not None:
-            quantization_config.backend = "auto"  # whoever serves the merged model need not use the training kernel
+            quantization_config.backend = "auto"  # the merged model need not be served with the training kernel
         return model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose scale deltas are the weighted sum of those of other adapters. Exact: deltas are linear.
+        """Add an adapter whose scale deltas are the weighted sum of those of other adapters, exactly.
 
         Args:
-            adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is taken
-                over as it is.
-            weights: one weight an adapter; negative ones subtract.
+            adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is copied
+                unchanged.
+            weights: one weight per adapter; negative ones subtract.
             adapter_name: name of the new adapter. Nothing happens if there is one of that name.
             combination_type: `"linear"`.
 
@@ -91,8 +90,8 @@ class PEQAModel(PackedTuner):
         modules_to_save = self._modules_to_save(adapters)
         layers = {
             name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, PEQALayer) and any(adapter in layer.peqa_scales for adapter in adapters)
+            for name, layer in self._adapted_layers().items()
+            if any(adapter in layer.peqa_scales for adapter in adapters)
         }
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
@@ -110,5 +109,5 @@ class PEQAModel(PackedTuner):
                 for name, weight in zip(adapters, weights):
                     if name in layer.peqa_scales:
                         layer.peqa_scales[adapter_name].add_(layer.peqa_scales[name], alpha=weight)
-        self._take_over_modules(adapters, adapter_name)
+        self._copy_modules(adapters, adapter_name)
         self.set_requires_grad(adapter_name, False)

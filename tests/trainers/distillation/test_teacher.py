@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from peft_quant import cache_teacher
-from peft_quant.trainers.distillation import teacher as module
-from peft_quant.trainers.distillation.teacher import CachedTeacher, ModelTeacher, data_fingerprint
+from peft_quant.trainers.distillation import cache as module
+from peft_quant.trainers.distillation.cache import CachedTeacher, data_fingerprint
+from peft_quant.trainers.distillation.teacher import ModelTeacher
 
 
 def samples(lengths=(5, 12, 9, 12, 7, 2, 1), seed=0):

@@ -28,13 +28,13 @@ class Covariances(NamedTuple):
 
 
 @dataclass
-class _Part:
-    """Sequences of a batch that are all held out or all not.
+class _BatchPart:
+    """The held-out sequences of a batch, or the others.
 
     Attributes:
-        inputs: what the model is called with.
-        held_out: which they are.
-        outputs: what the last block that was run gave for them, by the list it belongs to.
+        inputs: arguments of the model.
+        held_out: whether these are the held-out sequences.
+        outputs: outputs of the last block that was run, by the list of blocks it belongs to.
     """
 
     inputs: dict[str, Any]
@@ -43,14 +43,14 @@ class _Part:
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass that has gone far enough."""
+    """Ends a forward pass early."""
 
 
-def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_Part]:
+def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_BatchPart]:
     """Split calibration batches into sequences to fit and, one of four, to hold out.
 
     Args:
-        calibration: batches: what the model takes as keyword arguments, or `input_ids`, int64 `[sequences, tokens]`.
+        calibration: batches: keyword arguments of the model, or `input_ids`, int64 `[sequences, tokens]`.
 
     Raises:
         ValueError: a batch is neither, or there are fewer than two sequences.
@@ -72,11 +72,11 @@ def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_Part
         for rows, is_held_out in ((~held_out, False), (held_out, True)):
             if rows.any():
                 inputs = {name: value[rows] if _is_batched(value, size) else value for name, value in batch.items()}
-                parts.append(_Part(inputs, is_held_out))
+                parts.append(_BatchPart(inputs, is_held_out))
     if sequences < 2:
         raise ValueError(
-            f"`calibration` has {sequences} sequences. Give at least two, of which one is held out; a hundred and "
-            "more of the model's length are usual."
+            f"`calibration` has {sequences} sequences. Give at least two, of which one is held out; a hundred "
+            "or more of the model's full length are usual."
         )
     return parts
 
@@ -90,11 +90,12 @@ def covariances(
 ) -> Iterator[tuple[list[str], dict[str, Covariances]]]:
     """Covariances of the layers' inputs in the model without adapters, a block at a time.
 
-    The model's own forward runs up to the block in question. The blocks before are skipped, the last of them giving
-    what it gave for these sequences before, so that all blocks together cost about one pass. Models whose blocks take
-    more than the one before gives (found out on the first sequences) are run from the start for every block.
+    For each block, the model's forward runs up to its end. The blocks before are skipped, and the last of them returns
+    its output for these sequences from the run before, so that all blocks together cost about one pass. Models whose
+    blocks need more than the output of the block before (tested on the first sequences) are run from the beginning for
+    every block.
 
-    Memory: the covariances of one block, where layers with the same input share one, and the hidden states of all
+    Memory: the covariances of one block, shared by layers with the same input, and the hidden states of all
     calibration tokens between two blocks.
 
     Args:
@@ -103,8 +104,8 @@ def covariances(
         calibration: see [`split`].
 
     Yields:
-        The names of a block's layers and their covariances, without layers that no token reached. Layers outside of
-        blocks come last.
+        The names of a block's layers, and the covariances of those that any token reached. Layers outside of blocks
+        come last.
     """
     parts = split(calibration)
     blocks: dict[Block, list[str]] = {}
@@ -130,11 +131,11 @@ def covariances(
         yield outside, sums.covariances()
 
 
-_Key = tuple[tuple[str, ...], bool]  # layers that get the same tensor, and whether it is held out
+_Key = tuple[tuple[str, ...], bool]  # layers with the same input, and whether it is held out
 
 
 class _Sums:
-    """Sums of `x x^T` over the inputs of layers. Layers that always get the same tensor share one."""
+    """Sums of `x x^T` over the inputs of layers, shared by layers that always get the same tensor."""
 
     def __init__(self, layers: dict[str, LRECLinear]) -> None:
         self.layers = layers
@@ -143,17 +144,17 @@ class _Sums:
         self.inputs: list[tuple[torch.Tensor, list[str]]] = []
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def record(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             for x, names in self.inputs:
                 if x is args[0]:
                     names.append(name)
                     return
             self.inputs.append((args[0], [name]))
 
-        return note
+        return record
 
     def add(self, mask: torch.Tensor | None, held_out: bool) -> None:
-        """Add the inputs noted, without padding."""
+        """Add the recorded inputs, without padding."""
         for x, names in self.inputs:
             if mask is not None and mask.shape == x.shape[:-1]:
                 x = x[mask.to(x.device, torch.bool)]
@@ -192,8 +193,10 @@ class _Sums:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, part: _Part, done: dict[str, int], block: Block | None, sums: _Sums | None = None) -> Any:
-    """Run a model up to the end of a block, or to its own, and give the block's output.
+def _run(
+    model: nn.Module, part: _BatchPart, done: dict[str, int], block: Block | None, sums: _Sums | None = None
+) -> Any:
+    """Run a model to the end of a block, or without one to the model's end, and return the block's output.
 
     Args:
         done: index of the last block to skip, by list.
@@ -228,18 +231,18 @@ def _run(model: nn.Module, part: _Part, done: dict[str, int], block: Block | Non
     return output
 
 
-def _is_chain(model: nn.Module, blocks: list[Block], part: _Part) -> bool:
-    """Whether blocks give the same from the output of the block before alone, on some sequences."""
+def _is_chain(model: nn.Module, blocks: list[Block], part: _BatchPart) -> bool:
+    """Whether each block, given only the output of the block before, returns the same on some sequences."""
     sizes: dict[Block, float] = {}
     with ExitStack() as stack:
         for block in blocks:
 
-            def note(module: nn.Module, args: Any, result: Any, block: Block = block) -> None:
+            def record(module: nn.Module, args: Any, result: Any, block: Block = block) -> None:
                 sizes[block] = _size(result)
 
-            stack.callback(model.get_submodule(str(block)).register_forward_hook(note).remove)
+            stack.callback(model.get_submodule(str(block)).register_forward_hook(record).remove)
         _run(model, part, {}, None)
-    trial = _Part(part.inputs, part.held_out)
+    trial = _BatchPart(part.inputs, part.held_out)
     done: dict[str, int] = {}
     for block in blocks:
         output = _run(model, trial, done, block)
@@ -275,13 +278,13 @@ def _as_quantized(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _skipped(block: nn.Module, output: Any) -> Iterator[None]:
-    """A block that gives an output without running."""
-    own = block.__dict__.get("forward")  # accelerate's hooks put one there
+    """Have a block return an output without running."""
+    replaced = block.__dict__.get("forward")  # set by accelerate's hooks
     block.__dict__["forward"] = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        if own is None:
+        if replaced is None:
             del block.__dict__["forward"]
         else:
-            block.__dict__["forward"] = own
+            block.__dict__["forward"] = replaced

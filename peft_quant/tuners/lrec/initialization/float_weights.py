@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,60 +15,13 @@ from ....gptq.checkpoint import Checkpoint
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class _Weights(Protocol):
-    """Tensors by name. `shape` reads no weight."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def __str__(self) -> str: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-
-class _Files:
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.tensor = checkpoint.tensor
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.tensors[name].shape
-
-    def __str__(self) -> str:
-        return str(self.checkpoint.directory)
-
-
-class _Module:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        # also the second name of a tied weight
-        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def __str__(self) -> str:
-        return type(self.model).__name__
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name].detach()
-
-
 class FloatWeights:
-    """The float weights of given layers. A checkpoint's are read from its files when asked for, one tensor at a time.
+    """The float weights of given layers. Those of a checkpoint are read on demand, one tensor at a time.
 
     Args:
         source: directory or Hub id of a float checkpoint in safetensors, sharded or not, or a float model.
         shapes: `(N, K)` of each layer, by its name in the GPTQ model.
-        base_model_prefix: what transformers puts before names in a model with a head, which a checkpoint of the model
-            without it lacks.
+        base_model_prefix: prefix of names in a model with a head, absent in a checkpoint of the model without one.
         revision: branch, tag or commit, if `source` is a Hub id.
         token: Hub token.
 
@@ -87,86 +40,90 @@ class FloatWeights:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> None:
-        self.weights: _Weights
+        self._shapes: dict[str, tuple[int, ...]]
+        self._read: Callable[[str], torch.Tensor]
         if isinstance(source, nn.Module):
-            self.weights = _Module(source)
+            # also the second name of a tied weight
+            tensors = {**dict(source.named_parameters(remove_duplicate=False)), **dict(source.named_buffers())}
+            self._source = type(source).__name__
+            self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            self._read = lambda name: tensors[name].detach()
         else:
             if not os.path.isdir(source):
                 source = snapshot_download(
                     os.fspath(source), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
                 )
-            self.weights = _Files(Checkpoint.open(source))
-        self.names = {layer: self._find(layer, base_model_prefix) for layer in shapes}
+            checkpoint = Checkpoint.open(source)
+            self._source = str(checkpoint.directory)
+            self._shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+            self._read = checkpoint.tensor
+        found = {layer: self._find(layer, base_model_prefix) for layer in shapes}
+        self._names = {layer: name for layer, name in found.items() if name is not None}
         self._check(shapes)
+
+    def __str__(self) -> str:
+        return self._source
 
     def _find(self, layer: str, prefix: str) -> str | None:
         for name in (layer, f"{prefix}.{layer}", layer.removeprefix(f"{prefix}.")):
-            if f"{name}.weight" in self.weights:
+            if f"{name}.weight" in self._shapes:
                 return f"{name}.weight"
         return None
 
     def _check(self, shapes: dict[str, tuple[int, int]]) -> None:
-        missing = [layer for layer, name in self.names.items() if name is None]
-        if any(f"{layer}.qweight" in self.weights for layer in missing):
-            raise ValueError(
-                f"{self.weights} holds GPTQ-packed weights. Pass the float model that it was quantized from."
-            )
+        missing = [layer for layer in shapes if layer not in self._names]
+        if any(f"{layer}.qweight" in self._shapes for layer in missing):
+            raise ValueError(f"{self} holds GPTQ-packed weights. Pass the float model that it was quantized from.")
         if missing:
             raise ValueError(
-                f"{self.weights} lacks the weights of {len(missing)} of {len(shapes)} adapted layers: "
-                f"{_listed([f'{layer}.weight' for layer in missing])}. If they are fused or tied in its files, or "
+                f"{self} lacks the weights of {len(missing)} of {len(shapes)} adapted layers: "
+                f"{_first_of([f'{layer}.weight' for layer in missing])}. If they are fused or tied in its files, or "
                 "have other names there, load the float model with `from_pretrained` and pass that; if it has no such "
                 "layers, leave them out with `exclude_modules`."
             )
         wrong = [
             f"{layer} has {list(shape)}, the float weight {list(found)}"
             for layer, shape in shapes.items()
-            if sorted(found := self.weights.shape(self._name(layer))) != sorted(shape)
+            if sorted(found := self._shapes[self._names[layer]]) != sorted(shape)
         ]
         if wrong:
             raise ValueError(
-                f"{self.weights} is not the model this GPTQ model was quantized from: {len(wrong)} of {len(shapes)} "
-                f"adapted layers have another shape: {_listed(wrong)}. Pass the float model of the same architecture "
-                "and size."
+                f"{self} is not the model this GPTQ model was quantized from: {len(wrong)} of {len(shapes)} "
+                f"adapted layers have another shape: {_first_of(wrong)}. Pass the float model of the same "
+                "architecture and size."
             )
 
-    def _name(self, layer: str) -> str:
-        name = self.names[layer]
-        assert name is not None  # checked on construction
-        return name
-
     def error(self, layer: str, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What quantization changed.
+        """The quantization error of a layer.
 
-        Weights of transformers' `Conv1D` lie transposed; of a square weight, the way that is nearer to the decoded one
-        is taken.
+        Weights of transformers' `Conv1D` are stored transposed; a square weight is taken in the orientation that is
+        nearer to the decoded one.
 
         Args:
             layer: name of the layer.
             decoded: the layer's decoded weight, fp32 `[N, K]`.
 
         Returns:
-            The float weight and the float weight less the decoded one, fp32 `[N, K]`, on the device of `decoded`.
+            The float weight, and the float weight less the decoded one, fp32 `[N, K]`, on the device of `decoded`.
 
         Raises:
             ValueError: the float weight is offloaded, not in floating point, or not finite.
         """
-        name = self._name(layer)
-        weight = self.weights.tensor(name)
+        name = self._names[layer]
+        weight = self._read(name)
         if weight.dtype not in _FLOAT_DTYPES or weight.is_meta:
             held = "offloaded" if weight.is_meta else f"held as {weight.dtype}"
             raise ValueError(
-                f"{name} of {self.weights} is {held}. Pass the model in float32, bfloat16 or float16, in memory or as "
-                "files."
+                f"{name} of {self} is {held}. Pass the model in float32, bfloat16 or float16, in memory or as files."
             )
         weight = weight.to(decoded.device, torch.float32)
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} of {self.weights} holds NaN or infinite values: download it again.")
-        ways = [way for way in (weight, weight.t()) if way.shape == decoded.shape]
-        weight = min(ways, key=lambda way: float((way - decoded).norm()))
+            raise ValueError(f"{name} of {self} holds NaN or infinite values: download it again.")
+        candidates = [each for each in (weight, weight.t()) if each.shape == decoded.shape]
+        weight = min(candidates, key=lambda each: float((each - decoded).norm()))
         return weight, weight - decoded
 
 
-def _listed(items: list[str], shown: int = 5) -> str:
+def _first_of(items: list[str], shown: int = 5) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(items[:shown]) + more

@@ -1,4 +1,4 @@
-"""Starts of the low-rank branch that repair the quantization error."""
+"""Initialization of a low-rank adapter as the best compensation of the quantization error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ....tables import markdown_table
-from ..config import FLOAT_STARTS
+from ..config import FLOAT_INITIALIZATIONS
 from ..layer import LRECLinear
 from .calibration import Covariances, covariances
 from .float_weights import FloatWeights
@@ -24,18 +24,18 @@ from .low_rank import low_rank, pick_damping, squared_error
 
 
 @dataclass(frozen=True)
-class LayerStart:
-    """What a start repairs of one layer. Errors are relative: 1 is a layer that gives nothing.
+class LayerInitialization:
+    """The errors of one layer before and after initialization, each relative to the float layer.
 
     Attributes:
         name: the layer's name in the model.
         bits: bits of a weight.
-        rank: rank of the branch.
-        weight_error_before: Frobenius norm of the quantization error, of the float weight's.
-        weight_error_after: the same with the branch.
-        activation_error_before: root mean square of the output error on the held-out calibration tokens, of the float
-            output's; None where there are none.
-        activation_error_after: the same with the branch.
+        rank: rank of the adapter.
+        weight_error_before: Frobenius norm of the quantization error over that of the float weight.
+        weight_error_after: the same with the adapter.
+        activation_error_before: root mean square of the output error on the held-out calibration tokens over that of
+            the float output; None without calibration tokens.
+        activation_error_after: the same with the adapter.
         damping: damping of the covariance; infinite if it was not used, None without calibration tokens.
     """
 
@@ -50,26 +50,26 @@ class LayerStart:
 
 
 @dataclass(frozen=True)
-class StartReport:
-    """What a start repairs, layer by layer. Printed as a table.
+class InitializationReport:
+    """The errors of every layer before and after initialization. Printed as a table.
 
     Attributes:
         start: `"svd"` or `"whitened"`.
-        layers: a row a layer.
+        layers: one row per layer.
     """
 
     start: str
-    layers: list[LayerStart]
+    layers: list[LayerInitialization]
 
-    def __iter__(self) -> Iterator[LayerStart]:
+    def __iter__(self) -> Iterator[LayerInitialization]:
         return iter(self.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def to_markdown(self) -> str:
-        """A Markdown table of the errors before and after, with the means of all layers at the end."""
-        header = ["layer", "bits", "rank", "weight error", "with branch", "output error", "with branch", "damping"]
+        """A Markdown table of the errors, with the means over all layers in the last row."""
+        header = ["layer", "bits", "rank", "weight error", "with adapter", "output error", "with adapter", "damping"]
         rows = []
         for row in self.layers:
             errors: list[float | None] = [row.weight_error_before, row.weight_error_after]
@@ -99,36 +99,37 @@ def initialize_lrec_weights(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> StartReport:
-    """Start an LREC adapter as the best repair of the quantization error, `E = W_float - W_dequantized`, of its rank.
+) -> InitializationReport:
+    """Initialize an LREC adapter as the best compensation, of its rank, of the quantization error
+    `E = W_float - W_dequantized`.
 
     `"svd"` makes `scaling * B A` of every layer the best approximation of `E` in Frobenius norm, its truncated
-    singular value decomposition (Eckart and Young, 1936; for LoRA's start: LoftQ, Li et al., 2023, arXiv 2310.08659).
+    singular value decomposition (Eckart and Young, 1936; for LoRA: LoftQ, Li et al., 2023, arXiv 2310.08659).
 
-    `"whitened"` makes the error of the layer's output on calibration data least, which weights `E` by the covariance
-    of the layer's inputs (LQER, Zhang et al., 2024, arXiv 2402.02446; QERA, arXiv 2410.06040; EoRA, arXiv 2410.21271).
-    Few tokens give a poor covariance, so it is damped, layer by layer, by as much as makes the error on held-out
-    calibration tokens least: every fourth sequence is held out, and the plain `"svd"` is among the candidates. Inputs
+    `"whitened"` minimizes the error of the layer's output on calibration data, which weights `E` by the covariance of
+    the layer's inputs (LQER, Zhang et al., 2024, arXiv 2402.02446; QERA, arXiv 2410.06040; EoRA, arXiv 2410.21271).
+    Few tokens give a poor covariance, so it is damped, layer by layer, by the strength that minimizes the error on
+    held-out calibration tokens: every fourth sequence is held out, and plain `"svd"` is among the candidates. Inputs
     are those in the quantized model without adapters. Theory: `peft_quant/tuners/lrec/initialization/low_rank.py`.
 
-    Factors are split evenly, `B^T B = A A^T`. The adapter trains, is saved and is loaded like any other; the
-    configuration records the start in `init_lrec_weights`, and loading needs no float weights. If an error is raised,
-    the adapter is left as it was.
+    The factors are balanced, `B^T B = A A^T`. The adapter is trained, saved and loaded like any other; its
+    configuration records the initialization in `init_lrec_weights`, and loading needs no float weights. If an error is
+    raised, the adapter is unchanged.
 
-    Cost, a layer: one eigendecomposition in fp64 of `min(N, K)` dimensions; `"whitened"` takes seven, and one forward
+    Cost per layer: one eigendecomposition in fp64 of `min(N, K)` dimensions; `"whitened"` takes seven, and one forward
     pass over the calibration data in all. Memory, beside the model: the float weight and work space of one layer;
     `"whitened"` also the covariances of one decoder block (two of fp32 `[K, K]` for each different input) and a hidden
     state for every calibration token.
 
     Args:
         model: a GPTQ model with an LREC adapter, from `get_peft_model`.
-        float_model: the model that was quantized: directory or Hub id of its checkpoint in safetensors, of which one
-            layer at a time is read, or the loaded model.
+        float_model: the model that was quantized: directory or Hub id of its safetensors checkpoint, which is read one
+            layer at a time, or the loaded model.
         start: `"whitened"` or `"svd"`.
-        calibration: batches of text like that the model is for: dicts of what the model takes, or `input_ids`, int64
-            `[sequences, tokens]`. At least two sequences; a hundred and more of the model's length are usual.
-            `"svd"` uses them for its report only.
-        adapter_name: the adapter to start.
+        calibration: batches of text like the model's intended input: dicts of the model's arguments, or `input_ids`,
+            int64 `[sequences, tokens]`. At least two sequences; a hundred or more of the model's full length are
+            usual. `"svd"` uses them for its report only.
+        adapter_name: the adapter to initialize.
         revision: branch, tag or commit of `float_model`, if it is a Hub id.
         token: Hub token.
 
@@ -138,8 +139,8 @@ def initialize_lrec_weights(
     Raises:
         FileNotFoundError: `float_model` is a directory without a safetensors checkpoint.
         InvalidCheckpointError: one of its files is truncated.
-        ValueError: there is no such adapter or start, calibration data is missing or not batches, a rank exceeds a
-            layer's size, or `float_model` lacks layers or is not the model that was quantized.
+        ValueError: there is no such adapter or initialization, calibration data is missing or not batches, a rank
+            exceeds a layer's size, or `float_model` lacks layers or is not the model that was quantized.
 
     Example:
 
@@ -149,8 +150,10 @@ def initialize_lrec_weights(
         >>> peft_quant.plot_layer_errors(report, "errors.png")
         ```
     """
-    if start not in FLOAT_STARTS:
-        raise ValueError(f"start={start!r}: use 'whitened' or 'svd'. Adapters start as zero without this function.")
+    if start not in FLOAT_INITIALIZATIONS:
+        raise ValueError(
+            f"start={start!r}: use 'whitened' or 'svd'. Without this function, adapters are initialized to zero."
+        )
     if start == "whitened" and calibration is None:
         raise ValueError(
             "start='whitened' needs calibration data: pass `calibration=` batches of input_ids, or use start='svd'."
@@ -172,14 +175,15 @@ def initialize_lrec_weights(
 
     by_block: Iterable[tuple[list[str], dict[str, Covariances]]]
     by_block = [([name], {}) for name in layers] if calibration is None else covariances(base, layers, calibration)
-    rows: dict[str, LayerStart] = {}
+    rows: dict[str, LayerInitialization] = {}
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    with tqdm(total=len(layers), desc=f"LREC start ({start})", unit="layer") as progress:
+    with tqdm(total=len(layers), desc=f"LREC initialization ({start})", unit="layer") as progress:
         for names, inputs in by_block:
             for name in names:
-                # popped: no covariance is held while the next block is run
+                # popped, so that no covariance is alive while the next block runs
                 covariance = inputs.pop(name, None)
-                factors[name], rows[name] = _start(name, layers[name], adapter_name, weights, start, covariance)
+                layer = layers[name]
+                factors[name], rows[name] = _initialize(name, layer, adapter_name, weights, start, covariance)
                 del covariance
                 progress.update()
     nearer = [row for row in rows.values() if row.weight_error_before < 1]
@@ -194,9 +198,9 @@ def initialize_lrec_weights(
             layers[name].lora_B[adapter_name].weight.copy_(lora_b)
             layers[name].lora_A[adapter_name].weight.copy_(lora_a)
     configs: Any = model.peft_config
-    configs[adapter_name] = copy(configs[adapter_name])  # the user's may be that of other adapters too
+    configs[adapter_name] = copy(configs[adapter_name])  # the user's object may belong to other adapters too
     configs[adapter_name].init_lrec_weights = start
-    return StartReport(start, [rows[name] for name in layers])
+    return InitializationReport(start, [rows[name] for name in layers])
 
 
 def _check_layer(name: str, layer: LRECLinear, adapter_name: str) -> None:
@@ -208,7 +212,7 @@ def _check_layer(name: str, layer: LRECLinear, adapter_name: str) -> None:
             f"{size}, for this layer alone with `rank_pattern`."
         )
     if scaling <= 0:
-        raise ValueError(f"The branch of {name} is scaled by {scaling:g}: use a positive `lora_alpha`.")
+        raise ValueError(f"The adapter of {name} is scaled by {scaling:g}: use a positive `lora_alpha`.")
     if layer.lora_A[adapter_name].weight.is_meta:
         raise ValueError(
             f"The adapter of {name} is on the meta device: leave `low_cpu_mem_usage` out of `get_peft_model`."
@@ -216,15 +220,15 @@ def _check_layer(name: str, layer: LRECLinear, adapter_name: str) -> None:
 
 
 @torch.no_grad()
-def _start(
+def _initialize(
     name: str,
     layer: LRECLinear,
     adapter_name: str,
     weights: FloatWeights,
     start: str,
     inputs: Covariances | None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], LayerStart]:
-    """B and A of one layer, and what they repair."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor], LayerInitialization]:
+    """B and A of one layer, and the errors before and after."""
     rank = layer.r[adapter_name]
     weight, error = weights.error(name, layer.get_base_weight())
     if inputs is None:
@@ -234,7 +238,7 @@ def _start(
         damping = pick_damping(error, rank, *inputs) if start == "whitened" else math.inf
         lora_b, lora_a = low_rank(error, rank, inputs.fit, damping)
     rest = error - lora_b @ lora_a
-    row = LayerStart(
+    row = LayerInitialization(
         name=name,
         bits=layer.packed.bits,
         rank=rank,

@@ -1,7 +1,7 @@
 """The best low-rank approximations of a quantization error `E = W_float - W_dequantized`, `[N, K]`, in closed form.
 
-For inputs `x` with covariance `C = mean(x x^T)`, `[K, K]`, the layer's mean squared output error after adding a branch
-`B A` of rank `R` is
+For inputs `x` with covariance `C = mean(x x^T)`, `[K, K]`, the layer's mean squared output error after adding an
+adapter `B A` of rank `R` is
 
     mean |(E - B A) x|^2 = tr((E - B A) C (E - B A)^T)
 
@@ -14,8 +14,8 @@ which are the leading eigenvectors of `E C E^T`. The truncation is `U U^T E S`, 
 is a minimum: no root or inverse of `C` is needed, and `C` may be singular. Without a covariance (`C = I`) it is the
 best approximation of `E` itself. With one it is the exact form of QERA (Zhang et al., 2024, arXiv 2410.06040) and of
 EoRA (Liu et al., 2024, arXiv 2410.21271) where `C` is regular. Where it is singular, as with fewer tokens than
-in-features, theirs by pseudoinverse is zero on inputs that calibration lacked; this one is, of all minima with its
-column space, the nearest to `E` there.
+in-features, their solution by pseudoinverse is zero on inputs that calibration lacked; this one is the nearest to `E`
+there, among all minima with its column space.
 
 Few tokens make `C` noisy, too, and `U` then fits the noise. Damping adds a multiple of the identity:
 
@@ -35,7 +35,7 @@ import torch
 
 
 DAMPINGS = (math.inf, 10.0, 1.0, 0.1, 0.01, 0.0)
-"""Strengths to choose from, the plain singular value decomposition first."""
+"""Candidate strengths, the plain singular value decomposition first."""
 
 _ROUNDING = 1e-9
 
@@ -66,9 +66,9 @@ def low_rank(
 
 
 def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: torch.Tensor) -> float:
-    """The one of [`DAMPINGS`] with which [`low_rank`] on `fit` has the least error on `held_out`.
+    """The one of [`DAMPINGS`] for which [`low_rank`] on `fit` minimizes the error on `held_out`.
 
-    Never worse than the plain singular value decomposition by that measure, as it is among them and first.
+    Never worse than the plain singular value decomposition by that measure, which is the first candidate.
 
     Args:
         error: floating point `[N, K]`.
@@ -82,7 +82,7 @@ def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: to
     grams = _grams(reduced, fit)
     for damping in DAMPINGS:
         left = _leading_vectors(*grams, rank, damping)
-        # the error that stays is tr(target) less this
+        # the remaining error is tr(target) less this
         explained = float((left * (target @ left)).sum())
         if explained > most_explained * (1 + _ROUNDING):
             best, most_explained = damping, explained
@@ -96,8 +96,8 @@ def squared_error(error: torch.Tensor, covariance: torch.Tensor) -> float:
 
 
 def _reduce(error: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """An orthonormal basis of the columns of a tall `error` and `error` in it, so that eigenproblems have at most `K`
-    dimensions."""
+    """An orthonormal basis of the columns of a tall `error`, and `error` in that basis, so that eigenproblems have at
+    most `K` dimensions."""
     error = error.double()
     if error.shape[0] <= error.shape[1]:
         return None, error
