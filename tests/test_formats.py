@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_quant.trainers.distillation.teacher import CachedTeacher
+from peft_quant.trainers.distillation.cache import CachedTeacher
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
