@@ -1,4 +1,4 @@
-"""Quality of LREC and QFT: from the results of `quality/lrec.py` and `quality/qft.py` to `results/quality.csv`, and their tables.
+"""Quality of LREC and QFT: from what `quality/lrec.py` and `quality/qft.py` write to `results/quality.csv`, and tables.
 
     python benchmarks/quality/lrec.py --bits 2 --asymmetric --output 2bit.json
     python benchmarks/quality/qft.py --output qft.json

@@ -224,9 +224,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument(
-        "--calibration", type=int, default=64, help="windows of 512 tokens, to quantize and initialize"
-    )
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
