@@ -1,4 +1,4 @@
-"""Quality of LREC and QFT: from what `quality/lrec.py` and `quality/qft.py` write to `results/quality.csv`, and tables.
+"""Quality of LREC and QFT: records what `quality/lrec.py` and `quality/qft.py` measured, and prints the tables.
 
     python benchmarks/quality/lrec.py --bits 2 --asymmetric --output 2bit.json
     python benchmarks/quality/qft.py --output qft.json

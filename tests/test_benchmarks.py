@@ -96,7 +96,7 @@ def test_quality_of_lrec_is_measured(assets, tmp_path):
 
 def test_quality_of_qft_is_measured(assets, tmp_path):
     printed, recorded = run_quality("qft", assets, tmp_path)
-    assert "| fp32 Lion |" in printed
+    assert "| fp32 Lion, after |" in printed
     assert [(row["method"], row["corpus"]) for row in recorded[::2]] == [
         ("QFT", "King James"),
         ("fp32 Lion", "King James"),

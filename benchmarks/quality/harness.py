@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -61,7 +60,7 @@ def digest(**settings: Any) -> str:
 
 
 class Stages:
-    """Results of the stages, with their seconds, kept in a JSON file."""
+    """Results of the stages, kept in a JSON file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -71,11 +70,9 @@ class Stages:
         """The result of a stage (JSON): from the file, if it is there and so is what the stage made."""
         if name not in self.results or (artifact is not None and not artifact.exists()):
             print(f"\n== {name}", flush=True)
-            start = time.perf_counter()
-            value = function()
-            self.results[name] = {"value": value, "seconds": round(time.perf_counter() - start, 1)}
+            self.results[name] = function()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.results, indent=2))
             temporary.replace(self.file)
-        return self.results[name]["value"]
+        return self.results[name]

@@ -58,8 +58,11 @@ class Run:
         self.calibration = windows(self.tokenizer, self.texts["general"], 512, arguments.calibration)
         held_out = {name: read_texts(source, split="test") for name, source in sources.items()}
         if arguments.validation:
-            held_out = {name: text.map(last_tenth) for name, text in self.texts.items()}
-            self.texts = {name: text.map(without_last_tenth) for name, text in self.texts.items()}
+            for name, texts in self.texts.items():
+                (text,) = texts["text"]
+                cut = len(text) * 9 // 10
+                self.texts[name] = Dataset.from_dict({"text": [text[:cut]]})
+                held_out[name] = Dataset.from_dict({"text": [text[cut:]]})
         self.held_out = {
             name: windows(self.tokenizer, text, 512, arguments.windows) for name, text in held_out.items()
         }
@@ -121,8 +124,8 @@ class Run:
 
     def cache_teacher(self) -> Path:
         arguments, data = self.arguments, self.samples("general")
-        directory = self.work / f"teacher-{len(data)}x{arguments.sequence_length}-top{arguments.top_k}"
-        directory = directory.with_name(directory.name + "-validation" * arguments.validation)
+        name = f"teacher-{len(data)}x{arguments.sequence_length}-top{arguments.top_k}"
+        directory = self.work / (name + "-validation" * arguments.validation)
 
         def make() -> None:
             teacher = load_model(self.float_model)
@@ -136,12 +139,12 @@ class Run:
             return load_model(self.float_model)
         return self.cache_teacher() if weights["kl_weight"] else None
 
-    def trainer_options(self, learning_rate: float) -> dict[str, Any]:
+    def trainer_options(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.work / "checkpoints"),
             "max_steps": self.arguments.steps,
             "per_device_train_batch_size": self.arguments.batch_size,
-            "learning_rate": learning_rate,
+            "learning_rate": self.arguments.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": max(1, self.arguments.steps // 10),
             "weight_decay": 0.0,
@@ -150,7 +153,6 @@ class Run:
             "logging_steps": max(1, self.arguments.steps // 10),
             "save_strategy": "no",
             "report_to": "none",
-            "disable_tqdm": False,
             "seed": self.arguments.seed,
         }
 
@@ -167,7 +169,7 @@ class Run:
                 model = PeftModel.from_pretrained(model, init, is_trainable=True)
             peft_quant.LRECTrainer(
                 model,
-                peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate), **weights),
+                peft_quant.LRECTrainingArguments(**self.trainer_options(), **weights),
                 teacher=self.teacher(weights),
                 train_dataset=self.samples("general"),
                 data_collator=default_data_collator,
@@ -211,7 +213,7 @@ class Run:
                 model.add_adapter("task", self.config())
                 model.base_model.set_adapter(["default", "task"])
                 model.set_requires_grad("default", False)
-            arguments = peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate))
+            arguments = peft_quant.LRECTrainingArguments(**self.trainer_options())
             data = self.samples("task")
             Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator).train()
             return evaluate(model, self.held_out)
@@ -250,14 +252,6 @@ def main() -> None:
         if name in run.arguments.only:
             run.make(name)
     report(run)
-
-
-def last_tenth(row: dict[str, str]) -> dict[str, str]:
-    return {"text": row["text"][len(row["text"]) * 9 // 10 :]}
-
-
-def without_last_tenth(row: dict[str, str]) -> dict[str, str]:
-    return {"text": row["text"][: len(row["text"]) * 9 // 10]}
 
 
 def bits_per_weight(base: Path, adapter: Path) -> dict[str, float]:

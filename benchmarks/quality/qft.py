@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -96,7 +95,6 @@ ROWS = {
     "bitsandbytes Lion8bit": Row(on_gpu_only=True),
     "LoRA, rank 16": Row("lora"),
 }
-BY_DEFAULT = ("QFT", "fp32 Lion")
 TEXTS = {GENERAL: "Wikipedia", "king-james": "King James", "wordnet": "WordNet"}
 
 
@@ -162,20 +160,9 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], assets: Path, w
             )
         optimizer = make_optimizer(settings, model)
         trainer = Trainer(model, TrainingArguments(**common), optimizers=(optimizer, None), **options)
-    before = evaluate(model, held_out)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    before = losses(model, held_out)
     trainer.train()
-    result: dict[str, Any] = {"before": losses(before)}
-    if DEVICE == "cuda":
-        result["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    result["after"] = losses(evaluate(model, held_out))
-    result["history"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if isinstance(trainer, peft_quant.QFTTrainer):
-        result["states_gb"] = trainer.memory_report.states / 1e9
-        result["share_of_adam"] = trainer.memory_report.share_of_adam
-        print(f"\n{trainer.memory_report}")
-    return result
+    return {"before": before, "after": losses(model, held_out)}
 
 
 def make_optimizer(settings: Settings, model: PreTrainedModel) -> torch.optim.Optimizer | None:
@@ -188,15 +175,15 @@ def make_optimizer(settings: Settings, model: PreTrainedModel) -> torch.optim.Op
     return Lion(parameters, settings.learning_rate) if ROWS[settings.row].kind == "lion" else None
 
 
-def losses(perplexities: dict[str, float]) -> dict[str, float]:
-    return {name: math.log(value) for name, value in perplexities.items()}
+def losses(model: Any, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: math.log(perplexity) for name, perplexity in evaluate(model, held_out).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", choices=("king-james", "wordnet"), default="king-james", help="to tune on")
     parser.add_argument(
-        "--only", nargs="+", choices=ROWS, default=list(BY_DEFAULT), metavar="ROW", help="rows to train"
+        "--only", nargs="+", choices=ROWS, default=["QFT", "fp32 Lion"], metavar="ROW", help="to train"
     )
     parser.add_argument("--all", action="store_true", help="train all rows that can be on this machine")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
@@ -238,35 +225,14 @@ def main() -> None:
                     break
                 stages.run("train", partial(train, run, held_out, arguments.assets, arguments.work_dir))
             if stages.results:
-                finished.setdefault(row, []).append({"seed": seed, **stages.results["train"]["value"]})
-    report(TEXTS[arguments.text], finished)
-    write_results(arguments, text=TEXTS[arguments.text], rows=finished)
-
-
-def report(name: str, finished: dict[str, list[dict[str, Any]]]) -> None:
-    """The table: means over the seeds, and their standard deviations."""
-    reference = finished.get("fp32 Lion")
-    print(f"\n| held-out loss, nats a token | seeds | {name} | against fp32 Lion | Wikipedia | states, GB |")
-    print("|---|---|---|---|---|---|")
-    first = next(iter(finished.values()))[0]["before"]
-    print(f"| start | | {first[name]:.4f} | | {first['Wikipedia']:.4f} | |")
+                finished.setdefault(row, []).append({"seed": seed, **stages.results["train"]})
+    print(f"\n| held-out loss, nats a token | seed | {' | '.join(held_out)} |\n|---|---|---|---|")
     for row, runs in finished.items():
-        tuned, general = ([run["after"][text] for run in runs] for text in (name, "Wikipedia"))
-        against = ""
-        if reference:
-            baseline = statistics.mean(run["after"][name] for run in reference)
-            against = f"{statistics.mean(tuned) / baseline - 1:+.2%}"
-        spread = f" ± {statistics.stdev(tuned):.4f}" if len(tuned) > 1 else ""
-        states = f"{runs[0]['states_gb']:.3f}" if "states_gb" in runs[0] else ""
-        cells = [
-            row,
-            len(runs),
-            f"{statistics.mean(tuned):.4f}{spread}",
-            against,
-            f"{statistics.mean(general):.4f}",
-            states,
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        for run in runs:
+            for when in ("before", "after"):
+                cells = " | ".join(f"{loss:.4f}" for loss in run[when].values())
+                print(f"| {row}, {when} | {run['seed']} | {cells} |")
+    write_results(arguments, text=TEXTS[arguments.text], rows=finished)
 
 
 if __name__ == "__main__":
