@@ -9,9 +9,9 @@ switching is timed against loading the model again. On SmolLM2-135M-Instruct in 
 hub:
 
     python examples/demo_assets.py --wordnet
-    cd .cache/assets
-    python ../../examples/multi_task_switching/multi_task_switching.py --model smollm2-135m-instruct-gptq-4bit \
-        --tasks king-james definitions definitions-json --out ../multi_task_switching
+    python examples/multi_task_switching/multi_task_switching.py \
+        --model .cache/assets/smollm2-135m-instruct-gptq-4bit \
+        --tasks .cache/assets/king-james .cache/assets/definitions .cache/assets/definitions-json
 
 With your own checkpoint and texts, each a path or a Hub id with the splits train and test:
 

@@ -40,7 +40,7 @@ from peft_quant.evaluation.perplexity import perplexity
 from peft_quant.evaluation.text import read_texts, token_windows
 
 
-SERVE = """
+PLAIN_TRANSFORMERS = """
 import math, sys, torch
 from transformers import AutoModelForCausalLM
 
@@ -144,9 +144,9 @@ def main() -> None:
     rows["GPTQ + PEQA adapter"] = evaluate(tuned)
     expected = logits(tuned)
     same_arithmetic = logits(get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM")))
-    exchange = arguments.out / "serve.pt"
+    exchange = arguments.out / "windows.pt"
     torch.save(held_out, exchange)
-    subprocess.run([sys.executable, "-c", SERVE, str(merged), str(exchange)], check=True)
+    subprocess.run([sys.executable, "-c", PLAIN_TRANSFORMERS, str(merged), str(exchange)], check=True)
     rows["merged, plain transformers"], served = torch.load(exchange)
 
     print(f"\n| held-out perplexity | {' | '.join(held_out)} |\n|---{'|---' * len(held_out)}|")
