@@ -35,7 +35,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # or the first packing compiles C++ for a minute
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
 
@@ -45,6 +44,7 @@ from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_quant.cli.console import quiet
 from peft_quant.evaluation.text import read_texts, token_windows
 from peft_quant.files import new_directory
 from peft_quant.gptq.quantize import quantize_checkpoint
@@ -96,6 +96,7 @@ def gptq_model(cache: Path = CACHE) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(float_model(cache))
         windows = token_windows(read_texts(wikipedia(cache)), tokenizer, 256, 16)
         calibration = tokenizer.batch_decode(windows["input_ids"][:])
+        quiet()
         quantize_checkpoint(float_model(cache), path, calibration, bits=4, group_size=64, state=state_beside(path))
     return path
 

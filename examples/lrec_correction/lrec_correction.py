@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]"]
 # ///
-"""Repair a GPTQ model with LREC, then go on to a task.
+r"""Repair a GPTQ model with LREC, then go on to a task.
 
 A low-rank adapter is initialized from the quantization error and trained on text until the model says what the float
 one does; then, with --task-data, the same adapter learns a task. On SmolLM2-135M-Instruct in 3 bits, on a CPU and

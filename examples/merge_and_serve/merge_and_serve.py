@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]", "transformers[serving]"]
 # ///
-"""Merge a PEQA adapter into its GPTQ checkpoint on files, check which bytes changed, and serve the result.
+r"""Merge a PEQA adapter into its GPTQ checkpoint on files, check which bytes changed, and serve the result.
 
 The merged checkpoint is loaded by a process that uses transformers alone, and asked over HTTP, served by
 `transformers serve` on loopback. With an adapter of SmolLM2-135M-Instruct in 4 bits, after `make demo`:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]", "gradio>=6.0"]
 # ///
-"""Several tasks on one GPTQ base, each a small PEQA adapter, switched while the model stays loaded.
+r"""Several tasks on one GPTQ base, each a small PEQA adapter, switched while the model stays loaded.
 
 The scales of two layers a block are tuned once for each task; then every adapter is measured on every task, and
 switching is timed against loading the model again. On SmolLM2-135M-Instruct in 4 bits, on a CPU and without a model

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]"]
 # ///
-"""Fine-tune the scales of a GPTQ model with PEQA and the stock Trainer, merge them, and serve the result.
+r"""Fine-tune the scales of a GPTQ model with PEQA and the stock Trainer, merge them, and serve the result.
 
 Ends with a table of held-out perplexities, the last row of which is by a process that uses transformers alone. On
 SmolLM2-135M-Instruct, on a CPU and without a model hub (`make demo`):

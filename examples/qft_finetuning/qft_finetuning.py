@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]"]
 # ///
-"""Fine-tune every parameter of a model in int8 with QFTTrainer, and export the result.
+r"""Fine-tune every parameter of a model in int8 with QFTTrainer, and export the result.
 
 Weights, gradients and momentum are int8. The tuned model is saved in int8, and exported as a plain bf16 and an 8-bit
 GPTQ checkpoint. On SmolLM2-135M-Instruct, on a CPU and without a model hub:

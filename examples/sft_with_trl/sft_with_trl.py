@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-quant[cli,gptq]", "trl>=1.15"]
 # ///
-"""Tune a GPTQ model on chats with TRL's SFTTrainer, by PEQA or LREC.
+r"""Tune a GPTQ model on chats with TRL's SFTTrainer, by PEQA or LREC.
 
 Every chat is rendered by the model's own template, and only its last answer counts in the loss. On
 SmolLM2-135M-Instruct in 4 bits, which learns to answer with WordNet's definitions, on a CPU and without a model hub:
