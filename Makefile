@@ -6,7 +6,11 @@ MATRIX = $(addprefix tests/,matrix families tuners gptq qft export trainers inte
 .PHONY: bench demo docs test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py
+	$(BIN)/python examples/demo_assets.py
+	rm -rf .cache/peqa_finetuning
+	$(BIN)/python examples/peqa_finetuning/peqa_finetuning.py --model .cache/assets/smollm2-135m-instruct-gptq-4bit \
+		--float-model .cache/assets/smollm2-135m-instruct --data .cache/assets/king-james \
+		--eval-data .cache/assets/king-james .cache/assets/wikipedia
 
 # needs a GPU; the peers that are installed are measured too
 bench: $(VENV)/.ready-bench

@@ -1,7 +1,7 @@
-"""Quality of the examples of LREC and QFT: from the results of their runs to `results/quality.csv`, and their tables.
+"""Quality of LREC and QFT: records what `quality/lrec.py` and `quality/qft.py` measured, and prints the tables.
 
-    python examples/lrec_correction/lrec_correction.py --bits 2 --asymmetric --output 2bit.json
-    python examples/qft_finetuning/qft_finetuning.py --output qft.json
+    python benchmarks/quality/lrec.py --bits 2 --asymmetric --output 2bit.json
+    python benchmarks/quality/qft.py --output qft.json
     python benchmarks/quality.py 2bit.json qft.json   # appends, then prints
     python benchmarks/quality.py                      # prints
 
@@ -25,8 +25,8 @@ from record import append
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "SmolLM2-135M-Instruct"
-EXAMPLE = "python examples/lrec_correction/lrec_correction.py"
-FULL_EXAMPLE = "python examples/qft_finetuning/qft_finetuning.py"
+LREC_COMMAND = "python benchmarks/quality/lrec.py"
+QFT_COMMAND = "python benchmarks/quality/qft.py"
 FULL_REFERENCE = "fp32 Lion"
 CORPORA = {"general": "Wikipedia", "task": "King James"}
 METHODS = {
@@ -41,12 +41,12 @@ METHODS = {
     "lrec-svd": ("lrec", "svd"),
     "lrec-whitened": ("lrec", "whitened"),
 }
-"""`method` and `init` of the CSV for each branch of the example; its rows on the task are no part of the table."""
+"""`method` and `init` of the CSV for each row of `quality/lrec.py`; those on the task are no part of the table."""
 UNTRAINED = ("float", "gptq", "eora", "svd", "whitened")
 
 
 def record(file: Path, directory: Path) -> None:
-    """Append the rows of a run of an example."""
+    """Append the rows of a run."""
     run = json.loads(file.read_text(encoding="utf-8"))
     gpu, _, packages = run["versions"].partition("; ")
     where = f"{packages}; {gpu}".replace(", ", "; ")
@@ -86,10 +86,10 @@ def _record_lrec(run: dict[str, Any], where: str, directory: Path) -> None:
 
 
 def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
-    """Full fine-tuning: `method` is the example's name for a row, `bits` those of its weights."""
+    """Full fine-tuning: `method` is the name of a row, `bits` those of its weights."""
     options = run["options"]
     names = ("text", "steps", "batch_size", "sequence_length", "windows", "dtype")
-    words = [FULL_EXAMPLE, *(f"--{name.replace('_', '-')} {options[name]}" for name in names)]
+    words = [QFT_COMMAND, *(f"--{name.replace('_', '-')} {options[name]}" for name in names)]
     for name, results in run["rows"].items():
         for result in results:
             for corpus, loss in result["after"].items():
@@ -112,8 +112,8 @@ def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
 
 
 def _command(options: dict[str, Any], row: str) -> str:
-    """The example's command for one row."""
-    words = [EXAMPLE]
+    """The command for one row."""
+    words = [LREC_COMMAND]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -141,7 +141,7 @@ def read(directory: Path) -> tuple[Cells, list[dict[str, str]]]:
     with (directory / "quality.csv").open(encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    of_lrec = [line for line in lines if line["command"].startswith(EXAMPLE)]
+    of_lrec = [line for line in lines if line["command"].startswith(LREC_COMMAND)]
     for line in of_lrec:
         cells[_row(line)][line["corpus"]].append(float(line["ppl"]))
     return cells, [line for line in lines if line not in of_lrec]
@@ -220,7 +220,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="what the example wrote to its --output")
+    parser.add_argument("files", type=Path, nargs="*", help="what quality/lrec.py or qft.py wrote to --output")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     for file in arguments.files:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_assets import write_tiny_assets
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -67,6 +68,39 @@ def test_estimates_are_near_what_was_measured():
     assert {row[1] for row in rows} == {"1B", "7B", "13B"}
     assert {row[2] for row in rows} >= {"peqa", "lrec", "qft-stack", "qft-fused", "lora", "qlora"}
     assert all(abs(float(row[-1].rstrip("%"))) < 10 for row in rows), rows
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return write_tiny_assets(tmp_path_factory.mktemp("assets"))
+
+
+def run_quality(name, assets, directory, *options):
+    """Run a measurement of quality and record it; gives what it printed and the rows of the CSV."""
+    output = directory / f"{name}.json"
+    paths = ("--assets", str(assets), "--work-dir", str(directory / "work"), "--output", str(output))
+    printed = run(f"quality/{name}.py", *paths, "--steps", "2", "--sequence-length", "64", "--windows", "2", *options)
+    run("quality.py", str(output), "--out", str(directory))
+    with (directory / "quality.csv").open() as table:
+        return printed, list(csv.DictReader(table))
+
+
+def test_quality_of_lrec_is_measured(assets, tmp_path):
+    options = ("--group-size", "32", "--calibration", "4", "--rank", "4")
+    rows = ("eora", "whitened", "lrec-whitened", "task-second")
+    printed, recorded = run_quality("lrec", assets, tmp_path, *options, "--only", *rows)
+    assert "| task: a second adapter over it |" in printed
+    assert [row["method"] for row in recorded[::2]] == ["float", "gptq", "eora", "lrec", "lrec"]
+    assert all(float(row["ppl"]) > 1 for row in recorded)
+
+
+def test_quality_of_qft_is_measured(assets, tmp_path):
+    printed, recorded = run_quality("qft", assets, tmp_path)
+    assert "| fp32 Lion, after |" in printed
+    assert [(row["method"], row["corpus"]) for row in recorded[::2]] == [
+        ("QFT", "King James"),
+        ("fp32 Lion", "King James"),
+    ]
 
 
 def test_quality(tmp_path):

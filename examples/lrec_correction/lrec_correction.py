@@ -1,343 +1,162 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["peft-quant[demo]"]
+# dependencies = ["peft-quant[cli,gptq]"]
 # ///
-"""Repair a GPTQ model with LREC, then go on to a task.
+r"""Repair a GPTQ model with LREC, then go on to a task.
 
-Without arguments, on a CPU and without a model hub: SmolLM2-135M-Instruct is quantized to 3 bits; a low-rank branch is
-started from the quantization error and trained on Wikipedia text until the model says what the float one does; then
-the King James Bible is the task, for the same branch and for a second one on top of it. Beside it: EoRA, the loss of
-RILQ, and a branch that learns from the text alone.
+A low-rank adapter is initialized from the quantization error and trained on text until the model says what the float
+one does; then, with --task-data, the same adapter learns a task. On SmolLM2-135M-Instruct in 3 bits, on a CPU and
+without a model hub:
 
-    python lrec_correction.py
-    python lrec_correction.py --bits 2 --group-size 32 --asymmetric
+    python examples/demo_assets.py
+    peft-quant quantize .cache/assets/smollm2-135m-instruct .cache/smollm2-gptq-3bit --bits 3 --group-size 64 \
+        --calibration .cache/assets/wikipedia --samples 64
+    python examples/lrec_correction/lrec_correction.py --model .cache/smollm2-gptq-3bit \
+        --float-model .cache/assets/smollm2-135m-instruct --data .cache/assets/wikipedia \
+        --task-data .cache/assets/king-james --eval-data .cache/assets/wikipedia .cache/assets/king-james
 
-Every stage is kept under --work-dir and not done twice. --smoke runs it in seconds, on a tiny random model.
+With your own models and texts, each a path or a Hub id:
+
+    python lrec_correction.py --model user/model-gptq-3bit --float-model user/model --data user/data \
+        --eval-data user/data
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, parse, versions  # noqa: I001
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
 
-import demo_assets
-import smoke_model
 import torch
-from eora import start_as_eora
-from measure import evaluate, windows
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer, Trainer, default_data_collator, set_seed
 
 import peft_quant
 from peft_quant.evaluation.loading import load_model
-from peft_quant.gptq.quantize_resume import state_beside
-from peft_quant.gptq.quantize import quantize_checkpoint
-
-
-ROWS = {
-    "eora": "EoRA",
-    "svd": "start: svd",
-    "whitened": "start: whitened",
-    "ce": "text alone, from zero",
-    "rilq": "RILQ's loss, from svd",
-    "lrec-zero": "LREC from zero",
-    "lrec-svd": "LREC from svd",
-    "lrec-whitened": "LREC from whitened",
-    "task-zero": "task: a branch from zero",
-    "task-continued": "task: the corrected branch goes on",
-    "task-second": "task: a second branch over it",
-}
-
-
-class Run:
-    """One base, its texts and everything that is trained on it."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.work: Path = arguments.work_dir
-        assets: Any = smoke_model if arguments.smoke else demo_assets
-        self.float_model = assets.float_model()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.float_model)
-        self.general, self.task = assets.wikipedia(), assets.king_james()
-        self.calibration_text = self.general[0]
-        if arguments.validation:
-            self.general, self.task = (without_last_tenth(text[0]) for text in (self.general, self.task))
-        self.held_out = {
-            name: windows(self.tokenizer, text[1], 512, arguments.windows)
-            for name, text in (("general", self.general), ("task", self.task))
-        }
-        symmetry = "-asym" if arguments.asymmetric else ""
-        self.base = self.work / f"gptq-{arguments.bits}bit-g{arguments.group_size}{symmetry}"
-        tokens = f"{arguments.steps}x{arguments.batch_size}x{arguments.sequence_length}"
-        self.settings = f"r{arguments.rank}-{tokens}-lr{arguments.learning_rate}-ce{arguments.ce_weight}"
-        self.settings += f"-top{arguments.top_k}-seed{arguments.seed}{'-validation' * arguments.validation}"
-        self.stages = Stages(self.work / f"results-{self.base.name}-{self.settings}.json")
-        self.rows: dict[str, dict[str, float]] = {}
-
-    def samples(self, text: str) -> list[dict[str, torch.Tensor]]:
-        """What the steps need of a text; all of it, which they go through more than once, where that is less."""
-        size, needed = self.arguments.sequence_length, self.arguments.steps * self.arguments.batch_size
-        batch = windows(self.tokenizer, text, size)
-        if len(batch) > needed:
-            batch = windows(self.tokenizer, text, size, needed)
-        return [{"input_ids": window, "labels": window} for window in batch]
-
-    def correction_data(self) -> list[dict[str, torch.Tensor]]:
-        return self.samples(self.general[0])
-
-    def calibration(self) -> torch.Tensor:
-        return windows(self.tokenizer, self.calibration_text, 512, self.arguments.calibration)
-
-    def quantize(self) -> None:
-        quantize_checkpoint(
-            self.float_model,
-            self.base,
-            self.tokenizer.batch_decode(self.calibration()),
-            bits=self.arguments.bits,
-            group_size=self.arguments.group_size,
-            symmetric=not self.arguments.asymmetric,
-            state=state_beside(self.base),
-        )
-
-    def adapter(self, name: str) -> Path:
-        return self.work / f"{self.base.name}-{self.settings}-{name}"
-
-    def evaluate(self, title: str, directory: Path | None = None) -> None:
-        def perplexities() -> dict[str, float]:
-            model = load_model(self.base)
-            return evaluate(model if directory is None else PeftModel.from_pretrained(model, directory), self.held_out)
-
-        self.rows[title] = self.stages.run(f"evaluate {title}", perplexities)
-
-    def start(self, start: str) -> Path:
-        """A branch that repairs the weights, without training; its table and picture lie beside it."""
-        directory = self.work / f"{self.base.name}-r{self.arguments.rank}-{start}"
-
-        def make() -> None:
-            model = get_peft_model(load_model(self.base), self.config())
-            batches = self.calibration().split(16)
-            if start == "eora":
-                start_as_eora(model, self.float_model, batches)
-            else:
-                calibration = batches if start == "whitened" else None
-                report = peft_quant.initialize_lrec_weights(model, self.float_model, start, calibration)
-                peft_quant.plot_layer_errors(report, directory.with_suffix(".png"))
-                directory.with_suffix(".md").write_text(f"{report}\n", encoding="utf-8")
-            model.save_pretrained(directory)
-
-        if not directory.exists():
-            self.stages.run(f"start: {start}", make, directory)
-        return directory
-
-    def config(self) -> peft_quant.LRECConfig:
-        rank = self.arguments.rank
-        return peft_quant.LRECConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank)
-
-    def load_float_model(self) -> Any:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return AutoModelForCausalLM.from_pretrained(self.float_model, dtype=torch.float32, device_map=device)
-
-    def cache_teacher(self) -> Path:
-        arguments, data = self.arguments, self.correction_data()
-        directory = self.work / f"teacher-{len(data)}x{arguments.sequence_length}-top{arguments.top_k}"
-        directory = directory.with_name(directory.name + "-validation" * arguments.validation)
-
-        def make() -> None:
-            teacher = self.load_float_model()
-            peft_quant.cache_teacher(teacher, data, directory, k=arguments.top_k, tokenizer=self.tokenizer)
-
-        self.stages.run("cache the teacher", make, directory)
-        return directory
-
-    def teacher(self, weights: dict[str, float]) -> Any:
-        if weights.get("hidden_weight") or (weights["kl_weight"] and not self.arguments.top_k):
-            return self.load_float_model()
-        return self.cache_teacher() if weights["kl_weight"] else None
-
-    def trainer_options(self, learning_rate: float) -> dict[str, Any]:
-        return {
-            "output_dir": str(self.work / "checkpoints"),
-            "max_steps": self.arguments.steps,
-            "per_device_train_batch_size": self.arguments.batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, self.arguments.steps // 10),
-            "weight_decay": 0.0,
-            "bf16": torch.cuda.is_available(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "logging_steps": max(1, self.arguments.steps // 10),
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": False,
-            "seed": self.arguments.seed,
-        }
-
-    def correct(self, name: str, start: Path | None, **weights: float) -> Path:
-        """Train a branch on general text by the weights of the loss, from a start or from zero."""
-        directory = self.adapter(name)
-
-        def train() -> None:
-            set_seed(self.arguments.seed)
-            model: Any = load_model(self.base)
-            if start is None:
-                model = get_peft_model(model, self.config())
-            else:
-                model = PeftModel.from_pretrained(model, start, is_trainable=True)
-            peft_quant.LRECTrainer(
-                model,
-                peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate), **weights),
-                teacher=self.teacher(weights),
-                train_dataset=self.correction_data(),
-                data_collator=default_data_collator,
-            ).train()
-            model.save_pretrained(directory)
-
-        self.stages.run(f"train: {name}", train, directory)
-        return directory
-
-    def make(self, name: str) -> None:
-        """One row of the table, and what it starts from."""
-        loss = {"kl_weight": 1.0, "ce_weight": self.arguments.ce_weight}
-        if name in ("eora", "svd", "whitened"):
-            self.evaluate(name, self.start(name))
-        elif name == "ce":
-            self.evaluate(name, self.correct(name, None, kl_weight=0.0, ce_weight=1.0))
-        elif name == "rilq":
-            rilq = {"kl_weight": 0.0, "hidden_weight": 1.0, "ce_weight": 1.0}
-            self.evaluate(name, self.correct(name, self.start("svd"), **rilq))
-        elif name == "lrec-zero":
-            self.evaluate(name, self.correct(name, None, **loss))
-        elif name.startswith("lrec-"):
-            self.evaluate(name, self.correct(name, self.start(name.removeprefix("lrec-")), **loss))
-        elif name == "task-zero":
-            self.learn_task(name, None)
-        else:
-            corrected = self.correct("lrec-whitened", self.start("whitened"), **loss)
-            self.learn_task(name, corrected, second=name == "task-second")
-
-    def learn_task(self, name: str, corrected: Path | None, second: bool = False) -> None:
-        """The task by the stock Trainer: on the corrected branch itself, or on a second one over the frozen first."""
-
-        def train() -> dict[str, float]:
-            set_seed(self.arguments.seed)
-            model: Any = load_model(self.base)
-            if corrected is None:
-                model = get_peft_model(model, self.config())
-            else:
-                model = PeftModel.from_pretrained(model, corrected, is_trainable=not second)
-            if second:
-                model.add_adapter("task", self.config())
-                model.base_model.set_adapter(["default", "task"])
-                model.set_requires_grad("default", False)
-            arguments = peft_quant.LRECTrainingArguments(**self.trainer_options(self.arguments.learning_rate))
-            Trainer(
-                model, arguments, train_dataset=self.samples(self.task[0]), data_collator=default_data_collator
-            ).train()
-            return evaluate(model, self.held_out)
-
-        self.rows[name] = self.stages.run(f"task: {name}", train)
+from peft_quant.evaluation.perplexity import perplexity
+from peft_quant.evaluation.text import read_texts, token_windows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens, to quantize and to start")
+    parser.add_argument("--model", required=True, help="GPTQ checkpoint: path or Hub id")
+    parser.add_argument("--float-model", required=True, help="the model that was quantized")
+    parser.add_argument("--data", required=True, help="text file, directory or Hub data set to repair on, split train")
+    parser.add_argument("--task-data", help="text to go on to")
+    parser.add_argument(
+        "--eval-data", nargs="+", required=True, help="texts to evaluate on, their split test; a file is taken whole"
+    )
+    parser.add_argument("--init", choices=("whitened", "svd", "zero"), default="whitened")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens for `--init whitened`")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--ce-weight", type=float, default=0.5, help="of the text itself in LREC's loss")
-    parser.add_argument(
-        "--top-k", type=int, default=64, help="log-probabilities kept of the teacher, each token; 0: it is asked anew"
-    )
+    parser.add_argument("--ce-weight", type=float, default=0.5, help="of the text itself in the loss, beside KL")
+    parser.add_argument("--top-k", type=int, default=64, help="log-probabilities kept of the teacher, each token")
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=[*ROWS], help="rows to make, of the branches")
-    parser.add_argument(
-        "--validation", action="store_true", help="hold out the last tenth of the training texts, to choose options by"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file of the options and the results")
-    smoke: dict[str, Any] = {"calibration": 4, "rank": 4, "steps": 2, "sequence_length": 64, "windows": 2}
-    smoke["only"] = ["eora", "whitened", "lrec-whitened", "task-second"]
-    run = Run(parse(parser, "lrec_correction", **smoke))
+    parser.add_argument("--out", type=Path, default=Path(".cache/lrec_correction"), help="new directory to write")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"--out {arguments.out} exists: remove it, or name a new directory")
+    out = arguments.out
 
-    if not run.base.exists():
-        run.stages.run("quantize", run.quantize, run.base)
-    run.rows["float"] = run.stages.run("evaluate float", lambda: evaluate(run.load_float_model(), run.held_out))
-    run.evaluate("gptq")
-    for name in ROWS:
-        if name in run.arguments.only:
-            run.make(name)
-    report(run)
-    if "lrec-whitened" in run.arguments.only:
-        write_card(run, run.adapter("lrec-whitened"))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.float_model)
 
+    def windows(source: str, split: str, size: int, number: int) -> Dataset:
+        return token_windows(read_texts(source, split=split), tokenizer, size, number)
 
-def without_last_tenth(text: str) -> tuple[str, str]:
-    """A text and its last tenth, taken off."""
-    cut = len(text) * 9 // 10
-    return text[:cut], text[cut:]
-
-
-def bits_per_weight(base: Path, adapter: Path) -> dict[str, float]:
-    """What a quantized weight takes of the checkpoint's tensors and of an adapter's file, as they are stored."""
-    stored: dict[str, int] = {"qweight": 0, "scales": 0, "qzeros": 0, "adapter": 0}
-    codes = 0
-    for file in [*base.glob("*.safetensors"), adapter]:
-        for name, tensor in load_file(file).items():
-            part = "adapter" if file == adapter else name.rpartition(".")[2]
-            if part in stored:
-                stored[part] += 8 * tensor.numel() * tensor.element_size()
-            if part == "qweight":
-                codes += 32 * tensor.numel()
-    weights = codes / json.loads((base / "config.json").read_text())["quantization_config"]["bits"]
-    return {part: round(count / weights, 3) for part, count in stored.items()}
-
-
-def report(run: Run) -> None:
-    floor, base = run.rows["float"], run.rows["gptq"]
-    print(f"\n{run.base.name}, {run.settings}\n")
-    print("| held-out perplexity | Wikipedia | gap closed | King James |\n|---|---|---|---|")
-    for name, row in run.rows.items():
-        closed = (base["general"] - row["general"]) / (base["general"] - floor["general"])
-        print(f"| {ROWS.get(name, name)} | {row['general']:.2f} | {closed:.0%} | {row['task']:.2f} |")
-    adapters = run.work.glob(f"{run.base.name}-r{run.arguments.rank}-*/adapter_model.safetensors")
-    bits = bits_per_weight(run.base, next(adapters))
-    parts = ", ".join(f"{part} {value:.2f}" for part, value in bits.items())
-    print(f"\nbits a weight: {parts}; together {sum(bits.values()):.2f}\n\n{versions()}", flush=True)
-    if run.arguments.output is not None:
-        options = {name: value for name, value in vars(run.arguments).items() if not isinstance(value, Path)}
-        results = {"options": options, "rows": run.rows, "bits_per_weight": bits, "versions": versions()}
-        run.arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def write_card(run: Run, adapter: Path) -> None:
-    """What the model card of the corrected branch cannot know by itself."""
-    perplexity = {
-        ROWS.get(name, name): {"Wikipedia": round(row["general"], 2), "King James Bible": round(row["task"], 2)}
-        for name, row in run.rows.items()
-        if not name.startswith("task")
+    held_out = {
+        Path(source).stem: torch.tensor(windows(source, "test", 512, arguments.windows)["input_ids"][:])
+        for source in arguments.eval_data
     }
-    names = ("bits", "group_size", "steps", "batch_size", "sequence_length", "learning_rate", "ce_weight", "top_k")
-    options = {name: getattr(run.arguments, name) for name in (*names, "seed")}
-    command = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    rows: dict[str, dict[str, float]] = {}
+
+    def evaluate(title: str, model: Any) -> None:
+        rows[title] = {
+            name: perplexity(model, tokens, description=f"perplexity, {name}") for name, tokens in held_out.items()
+        }
+
+    size, number = arguments.sequence_length, arguments.steps * arguments.batch_size
+    data = windows(arguments.data, "train", size, number)
+    training = peft_quant.LRECTrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, arguments.steps // 10),
+        weight_decay=0.0,
+        bf16=torch.cuda.is_available(),
+        logging_steps=max(1, arguments.steps // 10),
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=arguments.seed,
+        ce_weight=arguments.ce_weight,
+    )
+
+    teacher = load_model(arguments.float_model)
+    evaluate("float", teacher)
+    cache = peft_quant.cache_teacher(teacher, data, out / "teacher", k=arguments.top_k, tokenizer=tokenizer)
+    del teacher  # its most likely tokens are on disk
+
+    set_seed(arguments.seed)
+    model: Any = load_model(arguments.model)
+    evaluate("GPTQ", model)
+    config = peft_quant.LRECConfig(task_type="CAUSAL_LM", r=arguments.rank, lora_alpha=arguments.rank)
+    model = get_peft_model(model, config)
+    if arguments.init != "zero":
+        calibration = None
+        if arguments.init == "whitened":
+            sample = windows(arguments.data, "train", 512, arguments.calibration)
+            calibration = torch.tensor(sample["input_ids"][:]).split(16)
+        report = peft_quant.initialize_lrec_weights(model, arguments.float_model, arguments.init, calibration)
+        peft_quant.plot_layer_errors(report, out / "layer_errors.png")
+        (out / "layer_errors.md").write_text(f"{report}\n", encoding="utf-8")
+        evaluate(f"initialized: {arguments.init}", model)
+
+    trainer = peft_quant.LRECTrainer(
+        model, training, teacher=cache, train_dataset=data, data_collator=default_data_collator
+    )
+    trainer.train()
+    model.save_pretrained(out / "corrected")
+    evaluate("corrected", load_model(out / "corrected"))
+    write_card(out / "corrected", arguments, rows)
+
+    if arguments.task_data is not None:
+        task = windows(arguments.task_data, "train", size, number)
+        Trainer(model, training, train_dataset=task, data_collator=default_data_collator).train()
+        model.save_pretrained(out / "task")
+        evaluate("task, with the corrected adapter", load_model(out / "task"))
+
+    print(f"\n| held-out perplexity | {' | | '.join(held_out)} | gap closed |\n|---{'|---|---' * len(held_out)}|")
+    for title, row in rows.items():
+        cells = []
+        for text, value in row.items():
+            base, floor = rows["GPTQ"][text], rows["float"][text]
+            cells += [f"{value:.2f}", f"{(base - value) / (base - floor):.0%}"]
+        print(f"| {title} | {' | '.join(cells)} |")
+    print(f"\n{out / 'corrected'}")
+
+
+def write_card(adapter: Path, arguments: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:
+    """What the model card of the corrected adapter cannot know by itself."""
+    perplexity = {title: {text: round(value, 2) for text, value in row.items()} for title, row in rows.items()}
+    names = ("steps", "batch_size", "sequence_length", "learning_rate", "ce_weight", "top_k", "seed")
+    options = {name: getattr(arguments, name) for name in names}
     peft_quant.write_model_card(
         adapter,
-        language="en",
-        settings={"text": "Wikipedia", "teacher": "the float model", **options},
-        command=" ".join(["python lrec_correction.py", *command, *["--asymmetric"] * run.arguments.asymmetric]),
-        perplexity=perplexity.pop(ROWS["lrec-whitened"]),
+        settings={"text": Path(arguments.data).stem, "teacher": "the float model", **options},
+        perplexity=perplexity.pop("corrected"),
         compared_with=perplexity,
     )
 

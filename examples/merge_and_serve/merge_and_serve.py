@@ -1,20 +1,18 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["peft-quant[demo]", "transformers[serving]"]
+# dependencies = ["peft-quant[cli,gptq]", "transformers[serving]"]
 # ///
-"""Merge a PEQA adapter into its GPTQ checkpoint on files, check which bytes changed, and serve the result.
+r"""Merge a PEQA adapter into its GPTQ checkpoint on files, check which bytes changed, and serve the result.
 
-Without arguments, on a CPU and without a model hub: an adapter of SmolLM2-135M-Instruct in 4 bits is tuned on the King
-James Bible for a minute, merged, loaded by a process that uses transformers alone, and asked over HTTP, served by
-`transformers serve` on loopback.
+The merged checkpoint is loaded by a process that uses transformers alone, and asked over HTTP, served by
+`transformers serve` on loopback. With an adapter of SmolLM2-135M-Instruct in 4 bits, after `make demo`:
 
-    python merge_and_serve.py
+    python examples/merge_and_serve/merge_and_serve.py --model .cache/assets/smollm2-135m-instruct-gptq-4bit \
+        --adapter .cache/peqa_finetuning/adapter --eval-data .cache/assets/king-james
 
 With your own, each a path or a Hub id:
 
-    python merge_and_serve.py --model user/model-gptq-4bit --adapter user/adapter
-
-Every stage is kept under --work-dir and not done twice. --smoke runs all of it in seconds, on a tiny random model.
+    python merge_and_serve.py --model user/model-gptq-4bit --adapter user/adapter --eval-data user/data
 """
 
 from __future__ import annotations
@@ -29,30 +27,41 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, parse, versions  # noqa: I001
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
 
-import demo_assets
 import numpy as np
-import smoke_model
 import torch
 from huggingface_hub import snapshot_download
-from measure import evaluate, probe_logits, windows
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
-from tuning import Settings, tune
 
 import peft_quant
 from peft_quant.evaluation.loading import load_model
+from peft_quant.evaluation.perplexity import perplexity
+from peft_quant.evaluation.text import read_texts, token_windows
 
 
 HEALTHY_WITHIN = 120  # seconds
+PLAIN_TRANSFORMERS = """
+import math, sys, torch
+from transformers import AutoModelForCausalLM
+
+checkpoint, file = sys.argv[1:]
+device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+windows = torch.load(file).to(device)
+with torch.no_grad():
+    losses = [model(ids[None], labels=ids[None]).loss.item() for ids in windows]
+    logits = model(windows[:1, :64]).logits.float().cpu()
+torch.save((math.exp(sum(losses) / len(losses)), logits), file)
+assert "peft_quant" not in sys.modules
+"""
 
 
 def compare_files(base: Path, merged: Path) -> dict[str, dict[str, int]]:
@@ -88,16 +97,6 @@ def parts_of(old: Path, new: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray
         if tensor != "__metadata__":
             span = slice(*(start + offset for offset in entry["data_offsets"]))
             yield tensor, before[span], after[span]
-
-
-def evaluate_in_fresh_process(merged: Path, work: Path, text: str, number: int) -> dict[str, float]:
-    """Perplexity, and beside it logits, by a process that imports transformers and never peft_quant."""
-    held_out = work / "held-out.txt"
-    held_out.write_text(text, encoding="utf-8")
-    output = merged.with_suffix(".json")
-    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "measure.py"), str(merged), str(output)]
-    subprocess.run([*command, "--windows", str(number), "--text", f"tuned={held_out}"], check=True)
-    return json.loads(output.read_text())
 
 
 @contextmanager
@@ -145,79 +144,56 @@ def chat(url: str, checkpoint: Path, question: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="GPTQ checkpoint: path or Hub id; by default SmolLM2 in 4 bits")
-    parser.add_argument("--adapter", help="PEQA adapter of it: path or Hub id; by default one is tuned")
-    parser.add_argument("--steps", type=int, default=10, help="to tune it")
+    parser.add_argument("--model", required=True, help="GPTQ checkpoint: path or Hub id")
+    parser.add_argument("--adapter", required=True, help="PEQA adapter of it: path or Hub id")
+    parser.add_argument(
+        "--eval-data", required=True, help="text to evaluate on: text file, directory or Hub data set, its split test"
+    )
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens to evaluate on")
     parser.add_argument("--question", default="What is a lighthouse?", help="to ask the server")
-    arguments = parse(parser, "merge_and_serve", steps=2, windows=2)
-    if (arguments.model is None) != (arguments.adapter is None):
-        parser.error("--model and --adapter go together: an adapter fits no other base")
+    parser.add_argument("--out", type=Path, default=Path(".cache/merge_and_serve"), help="new directory to write")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"--out {arguments.out} exists: remove it, or name a new directory")
 
-    assets: Any = smoke_model if arguments.smoke else demo_assets
-    work = arguments.work_dir
-    train_text, held_out_text = assets.king_james()
-    base = directory_of(arguments.model) if arguments.model else assets.gptq_model()
-    settings = Settings(str(base), train_text, arguments.steps, batch_size=2, sequence_length=256, learning_rate=1e-3)
-    adapter = directory_of(arguments.adapter) if arguments.adapter else work / settings.name
-    name = digest(base=str(base), adapter=str(adapter))
-    merged = work / f"merged-{name}"
-    asked = digest(windows=arguments.windows, question=arguments.question)
-    stages = Stages(work / f"results-{name}-{asked}.json")
-    if not adapter.exists():
-        stages.run("tune", lambda: tune(settings, adapter), adapter)
-    if not merged.exists():
-        stages.run("merge", lambda: str(peft_quant.merge_checkpoint(base, adapter, merged)), merged)
-    files = stages.run("compare the files", lambda: compare_files(base, merged))
+    base, adapter = directory_of(arguments.model), directory_of(arguments.adapter)
+    merged = peft_quant.merge_checkpoint(base, adapter, arguments.out / "merged")
+    files = compare_files(base, merged)
 
-    held_out = windows(AutoTokenizer.from_pretrained(base), held_out_text, 512, arguments.windows)
-    logits = {"adapter": merged.with_suffix(".adapter.pt"), "served": merged.with_suffix(".pt")}
+    texts = read_texts(arguments.eval_data, split="test")
+    windows = token_windows(texts, AutoTokenizer.from_pretrained(base), 512, arguments.windows)
+    held_out = torch.tensor(windows["input_ids"][:])
 
-    def evaluate_adapter() -> dict[str, float]:
-        model = PeftModel.from_pretrained(load_model(base), adapter)
-        torch.save(probe_logits(model, held_out), logits["adapter"])
-        return evaluate(model, {"tuned": held_out})
+    @torch.no_grad()
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return model.eval()(held_out[:1, :64].to(model.device)).logits.float().cpu()
 
-    def same_arithmetic() -> float:
-        model = get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
-        return (probe_logits(model, held_out) - torch.load(logits["adapter"])).abs().max().item()
-
-    def ask() -> str:
-        with transformers_serve(merged, work / "server.log") as url:
-            return chat(url, merged, arguments.question)
-
-    rows = {
-        "GPTQ + PEQA adapter": stages.run("evaluate the adapter", evaluate_adapter, logits["adapter"]),
-        "merged, plain transformers": stages.run(
-            "evaluate by transformers alone",
-            lambda: evaluate_in_fresh_process(merged, work, held_out_text, arguments.windows),
-            logits["served"],
-        ),
-    }
-    difference = stages.run("compare the logits", same_arithmetic)
-    answer = stages.run("ask transformers serve", ask) if is_serve_available() else None
+    with_adapter = PeftModel.from_pretrained(load_model(base), adapter)
+    expected = logits(with_adapter)
+    rows = {"GPTQ + PEQA adapter": perplexity(with_adapter, held_out)}
+    same_arithmetic = logits(get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM")))
+    exchange = arguments.out / "windows.pt"
+    torch.save(held_out, exchange)
+    subprocess.run([sys.executable, "-c", PLAIN_TRANSFORMERS, str(merged), str(exchange)], check=True)
+    rows["merged, plain transformers"], served = torch.load(exchange)
 
     print("\n| | parts | bytes | that differ |\n|---|---|---|---|")
     for kind, count in files.items():
         print(f"| {kind} | {count['parts']} | {count['bytes']:,} | {count['differ']:,} |")
     print("\n| | held-out perplexity |\n|---|---|")
-    for title, row in rows.items():
-        print(f"| {title} | {row['tuned']:.2f} |")
-    expected, served = (torch.load(file) for file in logits.values())
+    for title, value in rows.items():
+        print(f"| {title} | {value:.2f} |")
     print(
-        f"\nmax |logit difference|, adapter against merged: {difference:g} in the same arithmetic, "
-        f"{(served - expected).abs().max():.3f} through the engine's own kernel "
+        f"\nmax |logit difference|, adapter against merged: {(same_arithmetic - expected).abs().max():g} in the same "
+        f"arithmetic, {(served - expected).abs().max():.3f} through the engine's own kernel "
         f"(largest logit {expected.abs().max():.1f})"
     )
-    if answer is None:
-        print("\nnot asked over HTTP, which needs: pip install 'transformers[serving]'")
+    if is_serve_available():
+        with transformers_serve(merged, arguments.out / "server.log") as url:
+            print(f"\n{arguments.question}\n> {chat(url, merged, arguments.question)}")
     else:
-        print(f"\n{arguments.question}\n> {answer}")
+        print("\nnot asked over HTTP, which needs: pip install 'transformers[serving]'")
     print(f"\nmerged checkpoint: {merged}")
-    print("\n| stage | seconds |\n|---|---|")
-    for title, stage in stages.results.items():
-        print(f"| {title} | {stage['seconds']} |")
-    print(f"\n{versions()}")
 
 
 def directory_of(checkpoint: str) -> Path:

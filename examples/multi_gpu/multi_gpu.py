@@ -1,23 +1,21 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["peft-quant[demo]"]
+# dependencies = ["peft-quant[cli,gptq]"]
 # ///
 """Tune a GPTQ model on several GPUs with the stock Trainer, and print tokens/s and memory of every process.
 
-    accelerate launch --config_file ddp.yaml --num_processes 2 multi_gpu.py
-    accelerate launch --config_file fsdp2.yaml --num_processes 2 multi_gpu.py
+    accelerate launch --config_file ddp.yaml --num_processes 8 multi_gpu.py --model user/gptq-model --data user/data
+    accelerate launch --config_file fsdp2.yaml --num_processes 8 multi_gpu.py --model user/gptq-model --data user/data
 
-By ddp.yaml every process holds the packed model, by fsdp2.yaml a share of it; without GPUs the first one runs too. By
-default SmolLM2-135M-Instruct in 4 bits is tuned on the King James Bible; with your own checkpoint, a path or a Hub id:
-
-    accelerate launch --config_file ddp.yaml --num_processes 8 multi_gpu.py --model user/model-gptq-4bit
-
---smoke runs all of it in seconds, on a tiny random model, under `accelerate launch` or by itself.
+By ddp.yaml every process holds the packed model, by fsdp2.yaml a share of it; without GPUs the first one runs too. The
+model and the text are each a path or a Hub id. `python examples/demo_assets.py` makes some:
+`--model .cache/assets/smollm2-135m-instruct-gptq-4bit --data .cache/assets/king-james`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -26,15 +24,12 @@ from pathlib import Path
 from typing import Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import parse, versions  # noqa: I001
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
 
-import demo_assets
-import smoke_model
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from measure import windows
+from accelerate.utils import gather_object
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -50,6 +45,7 @@ from transformers.utils import is_torch_greater_or_equal
 
 import peft_quant
 from peft_quant.evaluation.loading import load_model
+from peft_quant.evaluation.text import read_texts, token_windows
 
 
 METHODS = {"peqa": peft_quant.PEQAConfig, "lrec": peft_quant.LRECConfig}
@@ -87,17 +83,19 @@ def memory(model: nn.Module, device: torch.device) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="GPTQ checkpoint: path or Hub id; by default SmolLM2 in 4 bits")
+    parser.add_argument("--model", required=True, help="GPTQ checkpoint: path or Hub id")
+    parser.add_argument("--data", required=True, help="text file, directory or Hub data set, its split train")
     parser.add_argument("--method", choices=METHODS, default="peqa")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=2, help="of each process")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parse(parser, "multi_gpu", steps=3, sequence_length=64)
+    parser.add_argument("--out", type=Path, default=Path(".cache/multi_gpu"), help="directory for the adapter")
+    arguments = parser.parse_args()
 
     training = TrainingArguments(
-        output_dir=str(arguments.work_dir / "trainer"),
+        output_dir=str(arguments.out),
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
@@ -112,21 +110,18 @@ def main() -> None:
         seed=arguments.seed,
     )
     state = PartialState()
-    assets: Any = smoke_model if arguments.smoke else demo_assets
-    made = [None, None]
-    if state.is_main_process:
-        made = [str(arguments.model or assets.gptq_model()), assets.king_james()[0]]
-    base, text = broadcast_object_list(made)
     set_seed(arguments.seed)
-    model = load_model(base, device=state.device)
+    model = load_model(arguments.model, device=state.device)
     model = get_peft_model(model, METHODS[arguments.method](task_type="CAUSAL_LM"))
     number = arguments.steps * arguments.batch_size * state.num_processes
-    batch = windows(AutoTokenizer.from_pretrained(base), text, arguments.sequence_length, number)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    with state.main_process_first():  # the others read what it leaves in the cache of datasets
+        data = token_windows(read_texts(arguments.data), tokenizer, arguments.sequence_length, number)
     clock = Clock()
     trainer = Trainer(
         model,
         training,
-        train_dataset=[{"input_ids": window, "labels": window} for window in batch],
+        train_dataset=data,
         data_collator=default_data_collator,
         callbacks=[clock],
     )
@@ -139,7 +134,7 @@ def main() -> None:
         if training.bf16:
             model.forward = torch.autocast(state.device.type, torch.bfloat16)(model.forward)
     trainer.train()
-    trainer.save_model(str(arguments.work_dir / "adapter"))
+    trainer.save_model(str(arguments.out / "adapter"))
 
     tokens = (arguments.steps - 1) * arguments.batch_size * arguments.sequence_length
     own = {"process": state.process_index, "tokens/s": tokens / clock.seconds, **memory(model, state.device)}
@@ -150,7 +145,7 @@ def main() -> None:
         print(f"| {' | '.join(own)} |\n|{'---|' * len(own)}")
         for row in rows:
             print(f"| {' | '.join(f'{value:,.4g}' for value in row.values())} |")
-        print(f"\n{sum(row['tokens/s'] for row in rows):,.0f} tokens/s together\n\n{versions()}")
+        print(f"\n{sum(row['tokens/s'] for row in rows):,.0f} tokens/s together")
     trainer.accelerator.end_training()  # threads of the process group may abort a process that ends before them
 
 

@@ -1,205 +1,174 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["peft-quant[demo]"]
+# dependencies = ["peft-quant[cli,gptq]"]
 # ///
-"""Fine-tune the scales of a GPTQ model with PEQA and the stock Trainer, merge them, and serve the result.
+r"""Fine-tune the scales of a GPTQ model with PEQA and the stock Trainer, merge them, and serve the result.
 
-Without arguments, on a CPU and without a model hub: SmolLM2-135M-Instruct is quantized to 4 bits on Wikipedia text,
-tuned on the King James Bible, merged, and loaded again by a process that uses transformers alone.
+Ends with a table of held-out perplexities, the last row of which is by a process that uses transformers alone. On
+SmolLM2-135M-Instruct, on a CPU and without a model hub (`make demo`):
 
-    python peqa_finetuning.py
+    python examples/demo_assets.py
+    python examples/peqa_finetuning/peqa_finetuning.py --model .cache/assets/smollm2-135m-instruct-gptq-4bit \
+        --float-model .cache/assets/smollm2-135m-instruct --data .cache/assets/king-james \
+        --eval-data .cache/assets/king-james .cache/assets/wikipedia
 
 With your own GPTQ checkpoint and text, each a path or a Hub id:
 
-    python peqa_finetuning.py --model user/model-gptq-4bit --dataset user/dataset --column text --steps 500
-
-Every stage is kept under --work-dir and not done twice. --smoke runs all of it in seconds, on a tiny random model.
+    python peqa_finetuning.py --model user/model-gptq-4bit --data user/data --eval-data user/data --steps 500
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from stages import Stages, digest, parse, versions  # noqa: I001
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads spin while they wait for one that other work holds up
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or gptqmodel compiles every layer at its first forward
 
-import demo_assets
-import smoke_model
 import torch
-from datasets import load_dataset
-from measure import evaluate, probe_logits, windows
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from tuning import Settings, tune
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 import peft_quant
 from peft_quant.evaluation.loading import load_model
+from peft_quant.evaluation.perplexity import perplexity
+from peft_quant.evaluation.text import read_texts, token_windows
+
+
+PLAIN_TRANSFORMERS = """
+import math, sys, torch
+from transformers import AutoModelForCausalLM
+
+checkpoint, file = sys.argv[1:]
+device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+texts = torch.load(file)
+with torch.no_grad():
+    losses = {
+        name: [model(ids[None].to(device), labels=ids[None].to(device)).loss.item() for ids in windows]
+        for name, windows in texts.items()
+    }
+    logits = model(next(iter(texts.values()))[:1, :64].to(device)).logits.float().cpu()
+torch.save(({name: math.exp(sum(of_text) / len(of_text)) for name, of_text in losses.items()}, logits), file)
+assert "peft_quant" not in sys.modules
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="GPTQ checkpoint: path or Hub id; by default SmolLM2 is quantized")
-    parser.add_argument("--dataset", help="text file or Hub data set to tune on; by default the King James Bible")
-    parser.add_argument("--column", default="text", help="column of a Hub data set")
+    parser.add_argument("--model", required=True, help="GPTQ checkpoint: path or Hub id")
+    parser.add_argument("--float-model", help="the model that was quantized, to be compared with")
+    parser.add_argument(
+        "--data", required=True, help="text file, directory or Hub data set to tune on, its split train"
+    )
+    parser.add_argument(
+        "--eval-data", nargs="+", required=True, help="texts to evaluate on, their split test; a file is taken whole"
+    )
+    parser.add_argument("--column", default="text", help="column of the texts in a data set")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parse(parser, "peqa_finetuning", steps=4, sequence_length=64, windows=2)
+    parser.add_argument("--out", type=Path, default=Path(".cache/peqa_finetuning"), help="new directory to write")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"--out {arguments.out} exists: remove it, or name a new directory")
+    adapter, merged = arguments.out / "adapter", arguments.out / "merged"
 
-    assets: Any = smoke_model if arguments.smoke else demo_assets
-    work = arguments.work_dir
-    texts = read_texts(arguments, assets)
-    (tune_train, tune_held_out), (_, general_held_out) = texts["tuned"], texts["general"]
-    evaluated_on = digest(windows=arguments.windows, text=tune_held_out)
-    stages = Stages(work / f"results-{evaluated_on}.json")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
 
-    base, float_directory = arguments.model, None
-    if base is None:
-        stages.run("decode SmolLM2 from its package", lambda: str(assets.float_model()))
-        stages.run("quantize to 4 bits", lambda: str(assets.gptq_model()))
-        base, float_directory = assets.gptq_model(), assets.float_model()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    def windows(source: str, split: str, size: int, number: int) -> Dataset:
+        return token_windows(read_texts(source, arguments.column, split), tokenizer, size, number)
+
     held_out = {
-        name: windows(tokenizer, text, 512, arguments.windows)
-        for name, text in (("tuned", tune_held_out), ("general", general_held_out))
+        Path(source).stem: torch.tensor(windows(source, "test", 512, arguments.windows)["input_ids"][:])
+        for source in arguments.eval_data
     }
+    probe = next(iter(held_out.values()))[:1, :64]
 
-    rows: dict[str, dict[str, float]] = {}
-    if float_directory is not None:
-        rows["float (bf16)"] = stages.run(
-            "evaluate float",
-            lambda: evaluate(AutoModelForCausalLM.from_pretrained(float_directory, dtype=torch.float32), held_out),
-        )
-    rows["GPTQ"] = stages.run(f"evaluate {base}", lambda: evaluate(load_model(base), held_out))
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        return {
+            name: perplexity(model, tokens, description=f"perplexity, {name}") for name, tokens in held_out.items()
+        }
 
-    settings = Settings(
-        str(base),
-        tune_train,
-        arguments.steps,
-        arguments.batch_size,
-        arguments.sequence_length,
-        arguments.learning_rate,
-        arguments.seed,
+    @torch.no_grad()
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return model.eval()(probe.to(model.device)).logits.float().cpu()
+
+    rows = {}
+    if arguments.float_model is not None:
+        rows["float"] = evaluate(load_model(arguments.float_model))
+    model = load_model(arguments.model)
+    rows["GPTQ"] = evaluate(model)
+
+    set_seed(arguments.seed)
+    model = get_peft_model(model, peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
+    model.print_trainable_parameters()
+    Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(arguments.out / "checkpoints"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, arguments.steps // 10),
+            weight_decay=0.0,
+            bf16=torch.cuda.is_available(),
+            eval_strategy="steps",
+            eval_steps=max(1, arguments.steps // 2),
+            logging_steps=max(1, arguments.steps // 10),
+            save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            seed=arguments.seed,
+        ),
+        train_dataset=windows(
+            arguments.data, "train", arguments.sequence_length, arguments.steps * arguments.batch_size
+        ),
+        eval_dataset=windows(arguments.eval_data[0], "test", arguments.sequence_length, 8),
+        data_collator=default_data_collator,
+    ).train()
+    model.save_pretrained(adapter)
+    peft_quant.merge_checkpoint(arguments.model, adapter, merged)
+
+    tuned = load_model(adapter)
+    rows["GPTQ + PEQA adapter"] = evaluate(tuned)
+    expected = logits(tuned)
+    same_arithmetic = logits(get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM")))
+    exchange = arguments.out / "windows.pt"
+    torch.save(held_out, exchange)
+    subprocess.run([sys.executable, "-c", PLAIN_TRANSFORMERS, str(merged), str(exchange)], check=True)
+    rows["merged, plain transformers"], served = torch.load(exchange)
+
+    print(f"\n| held-out perplexity | {' | '.join(held_out)} |\n|---{'|---' * len(held_out)}|")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in row.values())} |")
+    print(
+        f"\nadapter: {(adapter / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB, {adapter}\n"
+        f"max |logit difference|, adapter against merged: {(same_arithmetic - expected).abs().max():g} in the same "
+        f"arithmetic, {(served - expected).abs().max():.3f} through the engine's own kernel "
+        f"(largest logit {expected.abs().max():.1f})"
     )
-    adapter = work / settings.name
-    stages.run(f"tune {adapter.name}", lambda: tune(settings, adapter, tune_held_out), adapter)
 
-    def evaluate_adapter() -> dict[str, float]:
-        model = PeftModel.from_pretrained(load_model(base), adapter)
-        torch.save(probe_logits(model, held_out["tuned"]), adapter.with_suffix(".pt"))
-        return evaluate(model, held_out)
-
-    rows["GPTQ + PEQA adapter"] = stages.run(f"evaluate {adapter.name}", evaluate_adapter, adapter.with_suffix(".pt"))
-
-    merged = work / adapter.name.replace("adapter", "merged")
-    if not merged.exists():
-        stages.run(f"merge {merged.name}", lambda: str(peft_quant.merge_checkpoint(base, adapter, merged)), merged)
-    rows["merged, plain transformers"] = stages.run(
-        f"evaluate {merged.name}",
-        lambda: evaluate_in_fresh_process(merged, work, held_out, texts),
-        merged.with_suffix(".pt"),
-    )
-
-    differences = stages.run(f"compare {merged.name}", lambda: compare(adapter, merged, held_out["tuned"]))
-    write_cards(arguments, adapter, merged, rows, settings)
-    report(rows, differences, stages, adapter)
-
-
-def read_texts(arguments: argparse.Namespace, assets: Any) -> dict[str, tuple[str, str]]:
-    """Training and held-out text of the domain to tune on, and general text; the held-out ones also as files."""
-    general = assets.wikipedia()
-    if arguments.dataset is None:
-        tuned = assets.king_james()
-    else:
-        if Path(arguments.dataset).is_file():
-            text = Path(arguments.dataset).read_text(encoding="utf-8")
-        else:
-            text = "\n\n".join(load_dataset(arguments.dataset, split="train")[arguments.column])
-        cut = int(len(text) * 0.9)
-        tuned = text[:cut], text[cut:]
-    for name, (_, held_out) in {"tuned": tuned, "general": general}.items():
-        (arguments.work_dir / f"{name}.txt").write_text(held_out, encoding="utf-8")
-    return {"tuned": tuned, "general": general}
-
-
-def evaluate_in_fresh_process(
-    merged: Path, work: Path, held_out: dict[str, torch.Tensor], texts: dict[str, Any]
-) -> dict[str, float]:
-    """Perplexities of the merged checkpoint, by a process that imports transformers and never peft_quant."""
-    output = merged.with_suffix(".json")
-    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "measure.py"), str(merged), str(output)]
-    command += ["--windows", str(len(held_out["tuned"]))]
-    for name in texts:
-        command += ["--text", f"{name}={work / name}.txt"]
-    subprocess.run(command, check=True)
-    return json.loads(output.read_text())
-
-
-def compare(adapter: Path, merged: Path, batch: torch.Tensor) -> dict[str, float]:
-    """Largest difference of a logit between the adapter and the merged checkpoint, and the largest logit."""
-    expected = torch.load(adapter.with_suffix(".pt"))
-    served = torch.load(merged.with_suffix(".pt"))
-    under_fresh_adapter = get_peft_model(load_model(merged), peft_quant.PEQAConfig(task_type="CAUSAL_LM"))
-    return {
-        "same_arithmetic": (probe_logits(under_fresh_adapter, batch) - expected).abs().max().item(),
-        "engine": (served - expected).abs().max().item(),
-        "largest": expected.abs().max().item(),
-    }
-
-
-def write_cards(
-    arguments: argparse.Namespace, adapter: Path, merged: Path, rows: dict[str, dict[str, float]], settings: Settings
-) -> None:
-    """What the model cards of the adapter and of the merged checkpoint cannot know by themselves."""
-    on_hub = arguments.dataset is not None and not Path(arguments.dataset).is_file()
-    tuned = arguments.dataset if on_hub else Path(arguments.dataset or "King James Bible").name
-    perplexity = {
-        name: {tuned: round(row["tuned"], 2), "Wikipedia": round(row["general"], 2)} for name, row in rows.items()
-    }
-    own = {adapter: perplexity.pop("GPTQ + PEQA adapter"), merged: perplexity.pop("merged, plain transformers")}
-    unnamed = ("model", "train_text", "target_modules")
-    options = {name: value for name, value in asdict(settings).items() if name not in unnamed}
-    if on_hub:
-        options = {"dataset": arguments.dataset, "column": arguments.column, **options}
-    if arguments.model is not None and not Path(arguments.model).exists():
-        options = {"model": arguments.model, **options}
-    command = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    options = ("steps", "batch_size", "sequence_length", "learning_rate", "seed")
+    rows = {name: {text: round(value, 2) for text, value in row.items()} for name, row in rows.items()}
+    own = {adapter: rows.pop("GPTQ + PEQA adapter"), merged: rows.pop("merged, plain transformers")}
     for directory, values in own.items():
         peft_quant.write_model_card(
             directory,
-            language="en" if arguments.dataset is None else None,
-            datasets=arguments.dataset if on_hub else None,
-            settings={"text": tuned, **options},
-            command=" ".join(["python peqa_finetuning.py", *command]),
+            settings={"text": Path(arguments.data).stem, **{name: getattr(arguments, name) for name in options}},
             perplexity=values,
-            compared_with=perplexity,
+            compared_with=rows,
         )
-
-
-def report(rows: dict[str, dict[str, float]], differences: dict[str, float], stages: Stages, adapter: Path) -> None:
-    print("\n| held-out perplexity | text tuned on | Wikipedia |\n|---|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['tuned']:.2f} | {row['general']:.2f} |")
-    size = (adapter / "adapter_model.safetensors").stat().st_size
-    print(f"\nadapter: {size / 1e6:.1f} MB, {adapter}")
-    print(
-        f"max |logit difference|, adapter against merged: {differences['same_arithmetic']:g} in the same arithmetic, "
-        f"{differences['engine']:.3f} through the engine's own kernel (largest logit {differences['largest']:.1f})"
-    )
-    print("\n| stage | seconds | peak memory of the process so far, GB |\n|---|---|---|")
-    for name, stage in stages.results.items():
-        print(f"| {name} | {stage['seconds']} | {stage['peak_gb']} |")
-    print(f"\n{versions()}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ PROMPT, TOKENS = "w1 w2 w3", 12
 @pytest.fixture(scope="module")
 def task_page():
     sys.path.insert(0, str(EXAMPLE))
-    import task_page
+    import multi_task_switching
 
-    yield task_page
+    yield multi_task_switching
     sys.path.remove(str(EXAMPLE))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from tiny_assets import GPTQ_MODEL
 
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
@@ -15,11 +16,13 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
-def test_it_runs(monkeypatch):
-    monkeypatch.setenv("SMOKE", "1")
+def test_it_runs(assets, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
+    made = {"gptq_model": assets / GPTQ_MODEL, "king_james": assets / "king-james"}
+    stub = "".join(f"def {name}():\n    return {str(path)!r}\n" for name, path in made.items())
+    (tmp_path / "demo_assets.py").write_text(stub, encoding="utf-8")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     assert "loaded adapter: largest difference of a logit 0.0\n" in printed(notebook)
     assert "same arithmetic: largest difference of a logit 0.0\n" in printed(notebook)
 

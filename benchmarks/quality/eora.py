@@ -1,4 +1,4 @@
-"""EoRA as gptqmodel computes it, in the place of an LREC branch, so that both are measured alike."""
+"""EoRA as gptqmodel computes it, in an LREC adapter, so that both are measured alike."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft_quant.tuners.lrec.layer import LRECLinear
 
 
 @torch.no_grad()
-def start_as_eora(model: PeftModel, float_model: Path, calibration: Iterable[torch.Tensor]) -> None:
-    """Set the branches to the low-rank matrices of EoRA (arXiv 2410.21271), from the covariance of all of the data.
+def initialize_as_eora(model: PeftModel, float_model: Path, calibration: Iterable[torch.Tensor]) -> None:
+    """Set an adapter to the low-rank matrices of EoRA (arXiv 2410.21271), from the covariance of all of the data.
 
     Args:
-        model: a GPTQ model with an LREC adapter whose branches are not scaled (`lora_alpha` equal to the rank).
+        model: a GPTQ model with an LREC adapter that is not scaled (`lora_alpha` equal to the rank).
         float_model: directory of the model that was quantized.
         calibration: batches of `input_ids`.
     """
