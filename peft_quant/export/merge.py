@@ -20,7 +20,7 @@ from ..gptq.zero_points import declared_format
 from ..ops import round_scales
 from ..tuners.peqa.config import PEQAConfig
 from ..tuners.saved import KEY_PREFIX, SCALES, require_trained
-from .card import README, inherited_metadata, update_card
+from .card import FACTS, README, best_effort, inherited_metadata, update_card
 
 
 _MERGE_IN_MEMORY = (
@@ -67,13 +67,15 @@ class Merge:
         """
         with new_directory(self.out) as directory:
             self.checkpoint.copy_with(directory, {*self.deltas, *self.others}, self._replacement)
-            (directory / README).unlink(missing_ok=True)
-            update_card(
-                directory,
-                bases=self.bases,
-                metadata=inherited_metadata(self.checkpoint.directory),
-                changed={*self.deltas, *self.others},
-            )
+            for name in (README, FACTS):
+                (directory / name).unlink(missing_ok=True)
+            with best_effort(self.out):
+                update_card(
+                    directory,
+                    bases=self.bases,
+                    metadata=inherited_metadata(self.checkpoint.directory),
+                    changed={*self.deltas, *self.others},
+                )
         return self.out
 
     def _replacement(self, name: str, old: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Model cards: what is in them, that their snippets run, and that they come out of the stock calls."""
 
+import importlib
 import json
 import os
 import re
@@ -19,8 +20,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import peft_quant
 from peft_quant import LRECConfig, PEQAConfig, export_lora, merge_checkpoint, write_model_card
-from peft_quant.registry import write_cards
-from peft_quant.tuners.packed import PackedTuner
+from peft_quant.export import card_hooks
+from peft_quant.registry import wrap_method
 
 
 FACTS = {
@@ -66,6 +67,10 @@ def directories(checkpoint, tmp_path_factory):
 
 def card_of(directory):
     return ModelCard.load(directory / "README.md")
+
+
+def facts_of(directory):
+    return json.loads((directory / "peft_quant_facts.json").read_text(encoding="utf-8"))
 
 
 def snippets(card):
@@ -199,7 +204,9 @@ class TestContents:
             headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
             assert headings[0] == "Use"
             assert {"What was trained", "Limits", "Versions"} < set(headings)
-            assert f'"library_name": "{card.data.library_name}"' in card.text, kind
+            assert card.data.library_name == ("peft" if "adapter" in kind or "lora" in kind else "transformers")
+            assert card.text.startswith("\n<!-- peft_quant: generated ")
+            assert card.text.endswith("<!-- peft_quant: end -->\n")
             assert card.data.base_model is None
 
     def test_templates_are_shipped(self):
@@ -230,8 +237,9 @@ class TestSnippets:
         )
         result = run(code, tmp_path)
         assert result.returncode == 0, result.stderr
-        cards = [(directory / "README.md").read_text() for directory in (tmp_path / made, directories[made])]
-        written, expected = (re.sub(r'"weights": "\w+"', "", card) for card in cards)
+        written, expected = ((path / "README.md").read_text() for path in (tmp_path / made, directories[made]))
+        assert written == expected
+        written, expected = (facts_of(directory)["facts"] for directory in (tmp_path / made, directories[made]))
         assert written == expected
 
 
@@ -386,6 +394,7 @@ class Hub:
         monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: self)
         monkeypatch.setattr(transformers.trainer, "hf_api", lambda: self)
         monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", self.download)
+        monkeypatch.setattr("peft_quant.export.card_hooks.hf_hub_download", self.download)
 
     def create_repo(self, repo_id, **_):
         self.repo_id = repo_id
@@ -394,7 +403,7 @@ class Hub:
     def download(self, repo_id, name, **_):
         if name not in self.files:
             raise EntryNotFoundError("no such file")
-        path = self.tmp_path / "downloaded"
+        path = self.tmp_path / name
         path.write_bytes(self.files[name])
         return path
 
@@ -404,7 +413,7 @@ class Hub:
                 self.files[operation.path_in_repo] = stream.read()
 
     def upload_folder(self, folder_path, **_):
-        for name in ("README.md", "adapter_config.json"):
+        for name in ("README.md", "peft_quant_facts.json", "adapter_config.json"):
             with open(f"{folder_path}/{name}", "rb") as stream:
                 self.files[name] = stream.read()
 
@@ -513,9 +522,7 @@ class TestOtherMethods:
 
     def test_registering_again_changes_nothing(self):
         before = PeftModel.save_pretrained, PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
-        write_cards(PackedTuner, lambda *_: None)
-        from peft_quant.tuners import packed
-
-        write_cards(PackedTuner, packed._write_card)
+        importlib.reload(card_hooks)
+        wrap_method(PeftModel, "save_pretrained", lambda *_: None)
         after = PeftModel.save_pretrained, PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
         assert after == before
