@@ -163,14 +163,14 @@ def update_card(
     given = {**(facts or {}), "repository": repository}
     if file.name == "config.json":
         config["quantization_config"] = quantization_config(place, config) or {}
-    quantization = config.get("base_quantization") or config.get("quantization_config") or {}
-    if quantization.get("quant_method", "gptq") == "gptq" and quantization:
-        given["base_quantization"] = _only(_FORMAT, quantization)
-    weights, fingerprint = _digest(place), (given.get("base_quantization") or {}).get("fingerprint")
+    packed = config.get("base_quantization") or config.get("quantization_config")
+    if packed and packed.get("quant_method", "gptq") == "gptq":
+        given["base_quantization"] = _only(_FORMAT, packed)
+    given = _plain(given)
+    weights, fingerprint = _digest(place), given.get("base_quantization", {}).get("fingerprint")
     known: dict[str, Any] = {}
-    for card in earlier:
-        known |= card.facts_about(weights, fingerprint)
-    known |= {name: _plain(fact) for name, fact in given.items() if fact is not None}
+    for facts in (*(card.facts_about(weights, fingerprint) for card in earlier), given):
+        known |= facts
 
     kind = _kind(directory, config, known.get("method"), exported or any(card.is_ours for card in earlier))
     if trained := _count_tensors(place, kind, config, set(changed)):
@@ -342,13 +342,14 @@ def _only(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back, so that it equals itself after a card was written and read."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are known, as JSON gives them back: equal to themselves after a card was written and read."""
+
+    def replace(value: Any) -> Any:
+        return dict(value) if isinstance(value, Mapping) else str(value)
+
+    known = {name: value for name, value in values.items() if value is not None}
+    return json.loads(json.dumps(known, default=replace))
 
 
 def _config_file(directory: Path) -> Path:
@@ -480,10 +481,8 @@ def _merge_metadata(
         elif old == before:
             found[name] = now
     found["library_name"] = generated["library_name"]  # transformers writes its own name
-    for name, value in given.items():
-        if value is not None:
-            found[name] = _union(found.get(name), value) if name == "tags" else _plain(value)
-    found["tags"] = [tag for tag in _union(found.get("tags")) if _is_publishable_tag(tag)]
+    tags = _union(found.get("tags"), given.get("tags"))
+    found |= {**_plain(given), "tags": [tag for tag in tags if _is_publishable_tag(tag)]}
     if not found.get("base_model"):
         found.pop("base_model_relation", None)
     return {name: value for name, value in found.items() if value not in (None, [])}

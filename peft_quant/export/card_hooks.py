@@ -1,7 +1,7 @@
 """Model cards of what PEFT and transformers save and push.
 
-PEFT writes a model's card before the adapter is saved; transformers writes another one over it in `push_to_hub`, and so
-does its Trainer, before it asks PEFT for an update.
+PEFT writes a model's card before the adapter is saved; transformers writes another one over it in `push_to_hub`, and
+so does its Trainer, before it asks PEFT for an update.
 """
 
 from __future__ import annotations
