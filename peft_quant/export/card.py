@@ -36,7 +36,7 @@ FACTS = "peft_quant_facts.json"
 _MARK = "<!-- peft_quant:"
 _BEGIN = f"{_MARK} generated down to the end mark, and again at every save; your own text goes above or below -->"
 _END = f"{_MARK} end -->"
-# 0.1.0 had the record of the facts within the first mark
+# older cards have the record within the first mark
 _GENERATED = re.compile(rf"{_MARK} generated [^\n>]*(?:\n(?P<record>{{[^\n]*}})\n)?-->.*?{_END}", re.DOTALL)
 
 _KINDS = {"PEQA": "peqa_adapter", "LREC": "lrec_adapter", "LORA": "lora_export"}

@@ -102,8 +102,8 @@ def merge_checkpoint(
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
     Works on files: needs neither a GPU nor a GPTQ package, and memory for one shard's tensor at a time. Every other
-    tensor and file, `config.json` included, is byte-equal to the base, but for the model card, which is the merged
-    model's own; the same tensors result from `model.merge_and_unload().save_pretrained(out)`. `out` appears once it is
+    tensor and file, `config.json` included, is byte-equal to the base, but for the model card and its facts, which are
+    the merged model's own; the same tensors result from `model.merge_and_unload().save_pretrained(out)`. `out` appears once it is
     complete.
 
     Args:

@@ -153,8 +153,9 @@ class TestContents:
     def test_no_path_of_this_machine(self, checkpoint, tmp_path, kind):
         directory = write(kind, checkpoint, tmp_path / kind, hub_id=None)
         content = (directory / "README.md").read_text(encoding="utf-8")
-        assert str(checkpoint.parent) not in content
-        assert str(tmp_path) not in content
+        for text in (content, json.dumps(facts_of(directory))):
+            assert str(checkpoint.parent) not in text
+            assert str(tmp_path) not in text
         card = ModelCard(content)
         assert card.data.base_model is None
         assert "base_model_relation" not in card.data
@@ -574,7 +575,7 @@ class TestPushing:
         PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter").push_to_hub("user/tuned")
         assert "| this model | 21.99 | 26.17 |" in hub.card.text
 
-    def test_a_card_of_0_1_0_on_the_hub_becomes_a_new_one(self, checkpoint, hub):
+    def test_a_card_on_the_hub_with_facts_in_a_comment_becomes_a_new_one(self, checkpoint, hub):
         hub.files["README.md"] = (OLD / "README.md").read_bytes()
         tuned(checkpoint, hub_id="user/base").push_to_hub("user/tuned")
         assert hub.card.text.startswith("\n# My title\n\nAbove.\n\n<!-- peft_quant: generated ")
