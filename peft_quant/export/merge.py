@@ -103,8 +103,8 @@ def merge_checkpoint(
 
     Works on files: needs neither a GPU nor a GPTQ package, and memory for one shard's tensor at a time. Every other
     tensor and file, `config.json` included, is byte-equal to the base, but for the model card and its facts, which are
-    the merged model's own; the same tensors result from `model.merge_and_unload().save_pretrained(out)`. `out` appears once it is
-    complete.
+    the merged model's own; the same tensors result from `model.merge_and_unload().save_pretrained(out)`. `out` appears
+    once it is complete.
 
     Args:
         base: directory or Hub id of the GPTQ checkpoint the adapter was trained on, in safetensors.
