@@ -1,4 +1,4 @@
-"""Entry of this package's methods and of their model cards into PEFT. The only file that writes into another package.
+"""Entry of this package's methods into PEFT and transformers. The only file that writes into another package.
 
 PEFT has no plugin mechanism, so a method joins by becoming a real member of the `PeftType` enumeration (a bare string
 fails in PEFT's card tagging and in transformers' adapter code) and by `register_peft_method`.
@@ -7,13 +7,10 @@ fails in PEFT's card tagging and in transformers' adapter code) and by `register
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 from peft.config import PeftConfig
@@ -25,6 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+
+
+_WRAPPED = "_peft_quant_wrapped"
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -108,9 +108,27 @@ def replace_quantizer(method: str, quantizer_class: type[HfQuantizer]) -> None:
         AUTO_QUANTIZER_MAPPING[method] = quantizer_class
 
 
-AdapterCheck = Callable[[PreTrainedModel | PeftModel, str, str, PeftConfig | None, dict[str, Any]], None]
+def wrap_method(owner: type[Any], name: str, method: Callable[..., Any]) -> None:
+    """Replace a method of a class of PEFT or transformers by another one that has it at hand. Idempotent.
 
-_CHECKS = "_peft_quant_checks_adapters"
+    Args:
+        owner: the class; its parents keep what it inherits.
+        name: of the method.
+        method: called as `method(stock, self, ...)`, given the method that it replaces.
+    """
+    stock = getattr(owner, name)
+    if hasattr(stock, _WRAPPED):
+        return
+
+    @wraps(stock)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(stock, self, *args, **kwargs)
+
+    setattr(wrapped, _WRAPPED, True)
+    setattr(owner, name, wrapped)
+
+
+AdapterCheck = Callable[[PreTrainedModel | PeftModel, str, str, PeftConfig | None, dict[str, Any]], None]
 
 
 def check_adapters(check: AdapterCheck) -> None:
@@ -121,29 +139,24 @@ def check_adapters(check: AdapterCheck) -> None:
             the configuration that it is to be loaded under instead of its own, if there is one, and options for the
             Hub.
     """
-    model_class: Any = PreTrainedModel
-    if _CHECKS in vars(PeftModel):
-        return
-    setattr(PeftModel, _CHECKS, True)
-    stock_of_peft, stock_of_transformers = PeftModel.load_adapter, model_class.load_adapter
 
-    @wraps(stock_of_peft)
-    def load_into_peft_model(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        hub_options = self._split_kwargs(kwargs)[0]
-        check(self, os.fspath(model_id), adapter_name, self.peft_config.get(adapter_name), hub_options)
-        return stock_of_peft(self, model_id, adapter_name, *args, **kwargs)
+    def load_into_peft_model(
+        stock: Any, model: PeftModel, /, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        hub_options = model._split_kwargs(kwargs)[0]
+        check(model, os.fspath(model_id), adapter_name, model.peft_config.get(adapter_name), hub_options)
+        return stock(model, model_id, adapter_name, *args, **kwargs)
 
-    @wraps(stock_of_transformers)
-    def load_into_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature(stock_of_transformers).bind(self, *args, **kwargs).arguments
+    def load_into_model(stock: Any, model: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given = signature(stock).bind(model, *args, **kwargs).arguments
         path = given.get("peft_model_id") or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
         if path is not None and given.get("adapter_state_dict") is None:
             name = given.get("adapter_name") or "default"
-            check(self, os.fspath(path), name, given.get("peft_config"), dict(given.get("adapter_kwargs") or {}))
-        return stock_of_transformers(self, *args, **kwargs)
+            check(model, os.fspath(path), name, given.get("peft_config"), dict(given.get("adapter_kwargs") or {}))
+        return stock(model, *args, **kwargs)
 
-    PeftModel.load_adapter = load_into_peft_model
-    model_class.load_adapter = load_into_model
+    wrap_method(PeftModel, "load_adapter", load_into_peft_model)
+    wrap_method(PreTrainedModel, "load_adapter", load_into_model)
 
 
 def ask_for_weight(knows: Callable[[nn.Module], bool]) -> None:
@@ -164,135 +177,3 @@ def ask_for_weight(knows: Callable[[nn.Module], bool]) -> None:
         return layer.weight if knows(layer) else stock(self)
 
     BaseTunerLayer.weight = property(weight)
-
-
-CardWriter = Callable[[BaseTuner, Path, list[str], str | None], None]
-
-_README = "README.md"
-_PATCHED = "_peft_quant_writes_cards"
-
-_card_writers: dict[type[BaseTuner], CardWriter] = {}
-_cards: WeakKeyDictionary[PeftModel, dict[Path, str]] = WeakKeyDictionary()  # by directory, the last one last
-_saving: WeakKeyDictionary[PeftModel, list[Path]] = WeakKeyDictionary()  # cards that are due once the adapter is saved
-
-
-def write_cards(tuner_class: type[BaseTuner], write: CardWriter) -> None:
-    """Let the models of a tuner write their own model cards, in `save_pretrained` and both ways to push to the Hub.
-
-    PEFT writes a model's card before the adapter is saved; transformers writes another one over it in `push_to_hub`,
-    and so does its Trainer, before it asks PEFT for an update. Models of other tuners do all of this as before.
-
-    Args:
-        tuner_class: the tuner; its subclasses are meant too.
-        write: `write(tuner, directory, earlier, repository)` writes a directory's card, given earlier cards of the
-            model, by importance, and the Hub id it goes to, if that is known. A `ValueError` becomes a warning.
-    """
-    _card_writers[tuner_class] = write
-    if _PATCHED in vars(PeftModel):
-        return
-    setattr(PeftModel, _PATCHED, True)
-    stock_save, stock_card = PeftModel.save_pretrained, PeftModel.create_or_update_model_card
-    stock_upload = PeftModel._upload_modified_files
-
-    @wraps(stock_save)
-    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        if _card_writer(self) is None:
-            return stock_save(self, *args, **kwargs)
-        _saving[self] = []
-        try:
-            result = stock_save(self, *args, **kwargs)
-        finally:
-            due = _saving.pop(self)
-        for directory in due:
-            _write_card(self, directory, [*_read(directory), *_cards_elsewhere(self, directory)])
-        return result
-
-    @wraps(stock_card)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        if _card_writer(self) is None:
-            stock_card(self, output_dir)
-            return
-        directory = Path(output_dir)
-        if self in _saving:
-            _saving[self].append(directory)
-            return
-        before = _cards.get(self, {}).get(directory.resolve())
-        _write_card(self, directory, [*([before] if before else []), *_read(directory)])
-
-    @wraps(stock_upload)
-    def _upload_modified_files(
-        self: PeftModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        if _card_writer(self) is not None:
-            directory = Path(working_dir)  # a temporary one, where the repository's card lies over the one just saved
-            saved = _cards.get(self, {}).pop(directory.resolve(), None)
-            _write_card(self, directory, [*_read(directory), *([saved] if saved else [])], repo_id)
-            _cards.get(self, {}).pop(directory.resolve(), None)
-        return stock_upload(self, working_dir, repo_id, *args, **kwargs)
-
-    PeftModel.save_pretrained = save_pretrained
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = _upload_modified_files
-
-
-def write_cards_of_quantized(
-    quantizer_class: type[HfQuantizer], write: Callable[[PreTrainedModel, Path, list[str], str], None]
-) -> None:
-    """Let models of a quantizer push model cards of their own to the Hub. Registering again changes nothing.
-
-    transformers writes a card of its own in `push_to_hub`. Models of other quantizers do that as before.
-
-    Args:
-        quantizer_class: the quantizer.
-        write: `write(model, directory, earlier, repository)` writes a directory's card, given earlier cards of the
-            model and the Hub id it goes to. A `ValueError` becomes a warning.
-    """
-    model_class: Any = PreTrainedModel
-    if _PATCHED in vars(model_class):
-        return
-    setattr(model_class, _PATCHED, True)
-    stock_upload = model_class._upload_modified_files
-
-    @wraps(stock_upload)
-    def _upload_modified_files(
-        self: PreTrainedModel, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        if isinstance(getattr(self, "hf_quantizer", None), quantizer_class):
-            directory = Path(working_dir)
-            try:
-                write(self, directory, _read(directory), repo_id)
-            except ValueError as error:
-                warnings.warn(f"The model card of {repo_id} was left as it is. {error}", stacklevel=3)
-        return stock_upload(self, working_dir, repo_id, *args, **kwargs)
-
-    model_class._upload_modified_files = _upload_modified_files
-
-
-def _card_writer(model: PeftModel) -> CardWriter | None:
-    tuner = type(model.base_model)
-    return next((write for tuner_class, write in _card_writers.items() if issubclass(tuner, tuner_class)), None)
-
-
-def _write_card(model: PeftModel, directory: Path, earlier: list[str], repository: str | None = None) -> None:
-    writer = _card_writer(model)
-    if writer is None:
-        return
-    try:
-        writer(model.base_model, directory, earlier, repository)
-    except ValueError as error:
-        warnings.warn(f"The model card in {directory} was left as it is. {error}", stacklevel=3)
-        return
-    cards = _cards.setdefault(model, {})
-    cards.pop(directory.resolve(), None)
-    cards[directory.resolve()] = (directory / _README).read_text(encoding="utf-8")
-
-
-def _read(directory: Path) -> list[str]:
-    card = directory / _README
-    return [card.read_text(encoding="utf-8")] if card.is_file() else []
-
-
-def _cards_elsewhere(model: PeftModel, directory: Path) -> list[str]:
-    """The model's card in the directory it was last saved to, another one, as that now is."""
-    others = [other for other in _cards.get(model, {}) if other != directory.resolve() and (other / _README).is_file()]
-    return _read(others[-1]) if others else []

@@ -78,6 +78,12 @@ def test_only_trainers_import_the_trainer():
             assert not {"Trainer", "TrainingArguments", "TrainerCallback"} & set(names), path
 
 
+def test_only_export_knows_of_readmes():
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] != "export":
+            assert "README" not in path.read_text(), path
+
+
 def test_importing_is_light():
     code = """
 import sys, time

@@ -48,6 +48,7 @@ from peft_quant.evaluation.text import read_texts, token_windows
 
 
 HEALTHY_WITHIN = 120  # seconds
+CARD = ("README.md", "peft_quant_facts.json")
 PLAIN_TRANSFORMERS = """
 import math, sys, torch
 from transformers import AutoModelForCausalLM
@@ -74,7 +75,7 @@ def compare_files(base: Path, merged: Path) -> dict[str, dict[str, int]]:
     files = {file.relative_to(directory) for directory in (base, merged) for file in directory.rglob("*")}
     for file in sorted(file for file in files if not (base / file).is_dir()):
         for part, old, new in parts_of(base / file, merged / file):
-            kind = "scales" if part.endswith(".scales") else "model card" if part == "README.md" else "all else"
+            kind = "scales" if part.endswith(".scales") else "model card" if part in CARD else "all else"
             differing = max(old.size, new.size) if old.size != new.size else int(np.count_nonzero(old != new))
             if kind == "all else" and differing:
                 raise RuntimeError(f"{part} differs in {differing} bytes, and only scales may: please report this.")

@@ -1,7 +1,7 @@
 """Model cards of adapters and checkpoints, from what their files say and what only the user knows.
 
-A card is generated between two marks. The first carries, as JSON, the facts it was made of and a digest of the weights
-they are true of, so that a card can be made again without asking for them, and drops them once the weights are others.
+The text of `README.md` is generated between two marks, and the rest is the user's. `peft_quant_facts.json` beside it
+has the facts that it was generated from, a digest of the weights they are true of, and the generated front matter.
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 
 from ..files import new_file
-from ..gptq.checkpoint import quantization_config
+from ..gptq.checkpoint import quantization_config, read_tensors
 from ..inspection.engines import Packing, engine_verdicts
 
 
 README = "README.md"
+FACTS = "peft_quant_facts.json"
 
-_START = "<!-- peft_quant: generated down to the end mark, and again at every save; your own text goes above or below"
-_END = "<!-- peft_quant: end -->"
-_GENERATED = re.compile(rf"{re.escape(_START)}\n(?P<record>\{{.*\}})\n-->\n.*?{re.escape(_END)}", re.DOTALL)
+_MARK = "<!-- peft_quant:"
+_BEGIN = f"{_MARK} generated down to the end mark, and again at every save; your own text goes above or below -->"
+_END = f"{_MARK} end -->"
+# older cards have the record within the first mark
+_GENERATED = re.compile(rf"{_MARK} generated [^\n>]*(?:\n(?P<record>{{[^\n]*}})\n)?-->.*?{_END}", re.DOTALL)
 
 _KINDS = {"PEQA": "peqa_adapter", "LREC": "lrec_adapter", "LORA": "lora_export"}
 _MERGED = "merged_gptq"
@@ -67,18 +71,17 @@ _ROLES = (  # what the tensors of an adapter are, by their names
     ("packed integers", re.compile(r"\.(qweight|qzeros|g_idx)$")),
     ("scales", re.compile(r"\.scales$")),
 )
-_OTHER_ROLE = "modules trained whole"
-_OTHER_ROLE_OF_QFT = "float parameters"
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I32": "int32", "I16": "int16", "I8": "int8"}
 
 _FORMAT = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "fingerprint")
 _OF_THE_WEIGHTS = ("settings", "command", "log", "perplexity", "compared_with", "trained", "export")
-_OURS_ALONE = ("library_name", "base_model", "base_model_relation", "pipeline_tag", "model-index", "model_name")
+_OURS_ALONE = ("library_name", "base_model", "base_model_relation", "pipeline_tag", "model-index")
 _INHERITED = ("license", "license_name", "license_link", "language")
 _PACKAGES = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
 
 _SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
+_OF_TRANSFORMERS = re.compile(r"This is the model card of a 🤗 transformers model .*? automatically generated\.")
+_OF_PEFT = re.compile(r"### Framework versions\n\n(- PEFT \S+\s*)+$")
 _OF_THE_TRAINER = "<!-- This model card has been generated automatically according to the information the Trainer had"
 
 
@@ -99,9 +102,9 @@ def write_model_card(
     """Write or refresh the model card (`README.md`) of an adapter, a merged checkpoint or a model trained in int8.
 
     `save_pretrained` and `push_to_hub` of PEQA and LREC models, QFTTrainer's saves, `merge_checkpoint` and the exports
-    do so by themselves; this adds what only you know. Facts are kept for later saves, until the weights change. Your
-    own text around the generated part stays, and so does the metadata you changed; a card without a generated part
-    keeps its text and gets metadata only. What is not known is left out.
+    do so by themselves; this adds what only you know. Facts are kept in `peft_quant_facts.json` for later saves, until
+    the weights change. Your own text around the generated part stays, and so does the metadata you changed; a card
+    without a generated part keeps its text and gets metadata only. What is not known is left out.
 
     Args:
         directory: of the adapter or of the checkpoint.
@@ -125,14 +128,12 @@ def write_model_card(
     """
     facts = {"settings": settings, "command": command, "perplexity": perplexity, "compared_with": compared_with}
     metadata = {"license": license, "language": language, "datasets": datasets, "tags": tags}
-    card = Path(directory, README)
-    earlier = [card.read_text(encoding="utf-8")] if card.is_file() else []
-    return update_card(directory, earlier, [base_model], repository, facts, metadata)
+    return update_card(directory, [Card.read(directory)], [base_model], repository, facts, metadata)
 
 
 def update_card(
     directory: str | os.PathLike[str],
-    earlier: Sequence[str] = (),
+    earlier: Sequence[Card] = (),
     bases: Sequence[str | None] = (),
     repository: str | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -141,11 +142,11 @@ def update_card(
     exported: bool = False,
     changed: Iterable[str] = (),
 ) -> Path:
-    """Write the card of a directory, in the place of whatever card is there.
+    """Write the card of a directory, in place of whatever card is there.
 
     Args:
-        earlier: cards of the same model. The first one that somebody has written in, or that was generated here, lends
-            its text and metadata; all of them lend facts, later ones first.
+        earlier: cards of the same model. The first one that a library did not write alone lends its text and metadata;
+            all of them lend facts, later ones first.
         bases: Hub ids or paths of the base, preferred to what the adapter's configuration says.
         repository: Hub id of the directory's model.
         facts: what the files do not say; None for what is not known.
@@ -157,63 +158,58 @@ def update_card(
         FileNotFoundError, ValueError: as [`write_model_card`] does.
     """
     directory = Path(directory)
-    known = [_Card.read(text) for text in earlier]
-    method = (facts or {}).get("method") or next((c.facts["method"] for c in known if c.facts.get("method")), None)
-    kind, config, place = _read_config(directory, method)
-    if kind == "lora_export" and not exported and not any(card.record for card in known):
-        raise ValueError(
-            f"{directory} is a LORA adapter, whose card PEFT writes. Cards are written here for PEQA and LREC "
-            "adapters, for what `export_lora` wrote and for merged GPTQ checkpoints."
-        )
-    weights = _digest(place)
-    collected = _collect_facts(known, weights)
-    collected |= {name: _plain(value) for name, value in (facts or {}).items() if value is not None}
-    if kind in (_MERGED, _QFT):
-        quantization = config["quantization_config"]
-        packed = quantization.get("quant_method") == "gptq"
-        collected["base_quantization"] = _only(_FORMAT, quantization) if packed else {}
-    elif config.get("base_quantization"):
-        collected["base_quantization"] = _only(_FORMAT, config["base_quantization"])
-    trained = _count_tensors(
-        place, set(changed) if kind == _MERGED else None, _OTHER_ROLE_OF_QFT if kind == _QFT else _other_role(config)
-    )
-    if trained:
-        collected["trained"] = trained
+    file = _config_file(directory)
+    place, config = file.parent, json.loads(file.read_text(encoding="utf-8"))
+    given = {**(facts or {}), "repository": repository}
+    if file.name == "config.json":
+        config["quantization_config"] = quantization_config(place, config) or {}
+    packed = config.get("base_quantization") or config.get("quantization_config")
+    if packed and packed.get("quant_method", "gptq") == "gptq":
+        given["base_quantization"] = _only(_FORMAT, packed)
+    given = _plain(given)
+    weights, fingerprint = _digest(place), given.get("base_quantization", {}).get("fingerprint")
+    known: dict[str, Any] = {}
+    for facts in (*(card.facts_about(weights, fingerprint) for card in earlier), given):
+        known |= facts
 
-    if repository:
-        collected["repository"] = repository
-    layout = next((card for card in known if not card.is_stock), None)
-    base = _Base.find(*bases, config.get("base_model_name_or_path"), *_bases_of(known, weights, collected))
+    kind = _kind(directory, config, known.get("method"), exported or any(card.is_ours for card in earlier))
+    if trained := _count_tensors(place, kind, config, set(changed)):
+        known["trained"] = trained
+    unrecorded = [card.metadata.get("base_model") for card in earlier if not card.is_ours]
+    base = _Base.find(*bases, config.get("base_model_name_or_path"), known.get("base"), *unrecorded)
     if base != _Base():
-        collected["base"] = asdict(base)
+        known["base"] = asdict(base)
     task = _task(config)
-    generated = _metadata(kind, base, task, collected)
-    given = {name: _plain(value) for name, value in (metadata or {}).items() if value is not None}
-    merged = _merge_metadata(generated, given, layout, [card for card in known if card is not layout])
+    generated = _metadata(kind, base, task, known)
 
-    record = {"weights": weights, "facts": collected, "metadata": generated}
-    text = _render(kind, config, base, task, collected, place.relative_to(directory).as_posix())
-    # `>` would end the comment
-    mark = json.dumps(record, ensure_ascii=False).replace(">", "\\u003e")
-    part = f"{_START}\n{mark}\n-->\n{text}\n\n{_END}"
-    if layout is None:
-        body = f"\n{part}\n"
-    elif layout.record is None:
-        body = layout.text
-    else:
-        body = _GENERATED.sub(lambda _: part, layout.text, count=1)
-    front_matter = ModelCardData(**merged).to_yaml()
-    path = directory / README
-    with new_file(path) as file:
-        file.write_text(f"---\n{front_matter}\n---\n{body}", encoding="utf-8")
-    return path
+    layout = next((card for card in earlier if not card.is_stock), Card())
+    front_matter = _merge_metadata(generated, metadata or {}, layout, [card for card in earlier if card is not layout])
+    text = _render(kind, config, base, task, known, place.relative_to(directory).as_posix())
+    part = f"{_BEGIN}\n{text.replace(_MARK, '&lt;!-- peft_quant:')}\n\n{_END}"
+    body = _GENERATED.sub(lambda _: part, layout.text, count=1) if layout.text else f"\n{part}\n"
+    record = {"weights": weights, "facts": known, "metadata": generated}
+    for name, content in (
+        (README, f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n{body}"),
+        (FACTS, json.dumps(record, ensure_ascii=False, indent=2) + "\n"),
+    ):
+        with new_file(directory / name) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+    return directory / README
+
+
+@contextmanager
+def best_effort(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong with the card of a directory or repository into a warning: weights matter more."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"The model card in {place} was left as it is. {error}", stacklevel=3)
 
 
 def inherited_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What the card of a base says that is true of a checkpoint made from it: licence and language."""
-    card = Path(directory, README)
     try:
-        metadata = _Card.read(card.read_text(encoding="utf-8")).metadata
+        metadata = Card.read(directory).metadata
     except (OSError, ValueError):
         return {}
     return _only(_INHERITED, metadata)
@@ -226,39 +222,82 @@ def public_name(model: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Card:
-    """A card: its front matter, its text, and what was recorded in it when it was generated (None if it was not)."""
+class Card:
+    """A card, and what was recorded when it was generated.
 
-    metadata: dict[str, Any]
-    text: str
-    record: dict[str, Any] | None
+    Attributes:
+        metadata: its front matter.
+        text: below that.
+        weights: digest of the weights that the facts are about.
+        facts: what the text was made of.
+        generated: the front matter as it was generated.
+    """
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    weights: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    generated: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, content: str) -> _Card:
-        if not content.lstrip().startswith("---"):
-            return cls({}, content, _read_record(content))
+    def read(cls, directory: str | os.PathLike[str]) -> Card:
+        """The card of a directory, an empty one if it has none.
+
+        Raises:
+            ValueError: one of the files is not readable.
+        """
+        readme, record = Path(directory, README), Path(directory, FACTS)
+        metadata: dict[str, Any] = {}
         try:
-            card = ModelCard(content)
+            text = readme.read_text(encoding="utf-8-sig") if readme.is_file() else ""
+            if text.lstrip().startswith("---"):
+                card = ModelCard(text)
+                metadata, text = card.data.to_dict(), card.text
         except Exception as error:  # YAML's errors and those of the metadata's own checks
-            raise ValueError(f"The front matter of {README} is not readable: {error}. Mend or remove it.") from error
-        return cls(card.data.to_dict(), card.text, _read_record(card.text))
+            raise ValueError(f"{README} is not readable: {error}. Mend or remove it.") from error
+        generated = _GENERATED.search(text)
+        try:
+            content = record.read_text(encoding="utf-8") if record.is_file() else generated and generated["record"]
+            if not content:
+                return cls(metadata, text)
+            found = json.loads(content)
+            return cls(metadata, text, found["weights"], {**found["facts"]}, {**found["metadata"]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{FACTS} is not a record of peft_quant: {error!r}. Mend or remove it.") from error
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was generated here, whatever a user made of it."""
+        return bool(self.generated) or _MARK in self.text
 
     @property
     def is_stock(self) -> bool:
         """Whether a library wrote all of the text, and nobody changed it."""
-        if self.record is not None:
-            return False
-        untouched = self.text.count("More information needed") >= 3  # a user would begin by filling these in
-        if _OF_THE_TRAINER in self.text and untouched:
-            return True
-        return _without_peft_version(self.text) in ("", *_stock_texts())
+        if _OF_THE_TRAINER in self.text:
+            return self.text.count("More information needed") >= 3  # a user would begin by filling these in
+        text = _OF_PEFT.sub("", _OF_TRANSFORMERS.sub("", self.text))
+        return not text.strip() or text.split() == _template().split()
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the card says that the files do not."""
-        if self.record is not None:
-            return self.record["facts"]
-        return _facts_of_the_trainer(self.text) if self.is_stock else {}
+    def facts_about(self, weights: str | None, fingerprint: str | None) -> dict[str, Any]:
+        """The facts that are true of these weights, made from the base with this fingerprint."""
+        facts = dict(self.facts)
+        if weights != self.weights:
+            facts = {name: fact for name, fact in facts.items() if name not in _OF_THE_WEIGHTS}
+            if not fingerprint or facts.get("base_quantization", {}).get("fingerprint") != fingerprint:
+                facts.pop("base", None)
+        training = self.text.partition("### Training hyperparameters")[2].partition("### Framework versions")[0]
+        if training and self.is_stock:  # the Trainer's
+            found = {
+                "settings": dict(re.findall(r"^- (\w+): (.+)$", training, re.MULTILINE)),
+                "log": training.partition("### Training results")[2].strip(),
+            }
+            facts |= {name: fact for name, fact in found.items() if fact}
+        return facts
+
+
+@cache
+def _template() -> str:
+    return ModelCard.from_template(ModelCardData()).text
 
 
 @dataclass(frozen=True)
@@ -299,112 +338,50 @@ def _is_hub_id(name: Any) -> bool:
     return True
 
 
-def _read_record(text: str) -> dict[str, Any] | None:
-    generated = _GENERATED.search(text)
-    if generated is None:
-        return None
-    try:
-        record = json.loads(generated["record"])
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and {"weights", "facts", "metadata"} <= record.keys() else None
-
-
-@cache
-def _stock_texts() -> tuple[str, ...]:
-    """What PEFT and transformers start a card from."""
-    of_transformers = (
-        "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
-        "automatically generated."
-    )
-    cards = (
-        ModelCard.from_template(ModelCardData()),
-        ModelCard.from_template(ModelCardData(), model_description=of_transformers),
-    )
-    return tuple(card.text.strip() for card in cards)
-
-
-def _without_peft_version(text: str) -> str:
-    return re.sub(r"### Framework versions\n\n(- PEFT \S+\s*)+$", "", text.strip()).strip()
-
-
-def _facts_of_the_trainer(text: str) -> dict[str, Any]:
-    sections = dict(re.findall(r"^### (.+?)\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE))
-    facts: dict[str, Any] = {}
-    settings = re.findall(r"^- (\w+): (.+)$", sections.get("Training hyperparameters", ""), re.MULTILINE)
-    if settings:
-        facts["settings"] = dict(settings)
-    log = sections.get("Training results", "").strip()
-    if log.startswith("|"):
-        facts["log"] = log
-    return facts
-
-
-def _collect_facts(cards: Sequence[_Card], weights: str | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for card in cards:
-        of_these_weights = card.record is None or card.record["weights"] == weights
-        facts |= {name: fact for name, fact in card.facts.items() if of_these_weights or name not in _OF_THE_WEIGHTS}
-    return facts
-
-
-def _bases_of(cards: Sequence[_Card], weights: str | None, facts: Mapping[str, Any]) -> list[Any]:
-    """The Hub ids that cards give for the base, if they are a user's or about the same base."""
-    found = []
-    for card in cards:
-        record = card.record or {"weights": weights, "facts": {}, "metadata": {}}
-        fingerprints = [known.get("base_quantization", {}).get("fingerprint") for known in (record["facts"], facts)]
-        same_base = record["weights"] == weights or (fingerprints[0] and fingerprints[0] == fingerprints[1])
-        name = card.metadata.get("base_model")
-        if same_base and record["facts"].get("base"):
-            found.append(record["facts"]["base"])
-        elif same_base or name != record["metadata"].get("base_model"):
-            found.append(name)
-    return found
-
-
 def _only(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back, so that it equals itself after a card was written and read."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are known, as JSON gives them back: equal to themselves after a card was written and read."""
+
+    def replace(value: Any) -> Any:
+        return dict(value) if isinstance(value, Mapping) else str(value)
+
+    known = {name: value for name, value in values.items() if value is not None}
+    return json.loads(json.dumps(known, default=replace))
 
 
-def _read_config(directory: Path, method: str | None) -> tuple[str, dict[str, Any], Path]:
-    """The kind of card, the configuration it is about, and where that lies: PEFT saves named adapters one deeper.
-
-    Args:
-        method: what made a checkpoint, if that is known.
-    """
-    adapters = [directory / "adapter_config.json", *sorted(directory.glob("*/adapter_config.json"))]
-    file = next((file for file in (*adapters[:1], directory / "config.json", *adapters[1:]) if file.is_file()), None)
+def _config_file(directory: Path) -> Path:
+    """The configuration that a card is about: PEFT saves that of a named adapter one directory deeper."""
+    candidates = [directory / "adapter_config.json", directory / "config.json"]
+    candidates += sorted(directory.glob("*/adapter_config.json"))
+    file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(
             f"{directory} has neither an adapter_config.json nor a config.json: pass the directory of an adapter or "
             "of a merged checkpoint."
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if file.name == "adapter_config.json":
-        kind = _KINDS.get(config.get("peft_type"))
-        if kind is None:
+    return file
+
+
+def _kind(directory: Path, config: Mapping[str, Any], method: str | None, exported: bool) -> str:
+    """The template of a card. `method` is what made a checkpoint; `exported` LoRA adapters were LREC adapters."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        kind = _KINDS.get(config.get("peft_type", ""))
+        if kind is None or (kind == "lora_export" and not exported):
             raise ValueError(
                 f"{directory} is a {config.get('peft_type')} adapter, whose card PEFT writes. Cards are written here "
-                "for PEQA and LREC adapters and merged GPTQ checkpoints."
+                "for PEQA and LREC adapters, for what `export_lora` wrote and for merged GPTQ checkpoints."
             )
-        return kind, config, file.parent
-    config["quantization_config"] = quantization_config(file.parent, config) or {}
-    found = config["quantization_config"].get("quant_method")
+        return kind
+    found = quantization.get("quant_method")
     if method == QFT or found == "qft":
-        return _QFT, config, file.parent
+        return _QFT
     if found != "gptq":
         raise ValueError(f"{directory} is not a GPTQ checkpoint: the quantization in its config.json is {found}.")
-    return _MERGED, config, file.parent
+    return _MERGED
 
 
 def _weight_files(place: Path) -> list[Path]:
@@ -427,34 +404,23 @@ def _digest(place: Path, samples: int = 64, size: int = 4096) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _count_tensors(place: Path, names: set[str] | None, other_role: str) -> list[dict[str, Any]]:
-    """Tensors, values and bytes by role and dtype, of the named tensors or of all."""
+def _count_tensors(place: Path, kind: str, config: Mapping[str, Any], changed: set[str]) -> list[dict[str, Any]]:
+    """Tensors, values and bytes by role and dtype: of all tensors, or of those that a merge changed."""
+    other_role = "float parameters" if kind == _QFT else "modules trained whole"
+    if config.get("bias", "none") != "none":
+        other_role = f"biases and {other_role}" if config.get("modules_to_save") else "biases"
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for file in _weight_files(place):
-        if file.suffix != ".safetensors":
-            continue
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if names is not None and name not in names:
-                    continue
-                entry = tensors.get_slice(name)
-                dtype, values = entry.get_dtype(), math.prod(entry.get_shape())
-                role = next((role for role, pattern in _ROLES if pattern.search(name)), other_role)
-                row = rows.setdefault(
-                    (role, dtype),
-                    {"what": role, "tensors": 0, "values": 0, "dtype": _DTYPES.get(dtype, dtype), "bytes": 0},
-                )
-                row["tensors"] += 1
-                row["values"] += values
-                row["bytes"] += values * _BYTES.get(dtype, 1)
+        for name, tensor in read_tensors([file] if file.suffix == ".safetensors" else []).items():
+            if kind == _MERGED and name not in changed:
+                continue
+            role = next((role for role, pattern in _ROLES if pattern.search(name)), other_role)
+            dtype = _DTYPES.get(tensor.dtype, tensor.dtype)
+            row = rows.setdefault((role, dtype), {"what": role, "tensors": 0, "values": 0, "dtype": dtype, "bytes": 0})
+            row["tensors"] += 1
+            row["values"] += math.prod(tensor.shape)
+            row["bytes"] += tensor.end - tensor.begin
     return [rows[key] for key in sorted(rows)]
-
-
-def _other_role(config: Mapping[str, Any]) -> str:
-    """What an adapter's tensors are that no pattern knows."""
-    if config.get("bias", "none") == "none":
-        return _OTHER_ROLE
-    return f"biases and {_OTHER_ROLE}" if config.get("modules_to_save") else "biases"
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
@@ -484,71 +450,47 @@ def _metadata(kind: str, base: _Base, task: str | None, facts: Mapping[str, Any]
     metadata["tags"] = tags
     if facts.get("perplexity"):
         results = [
-            EvalResult(
-                task_type=pipeline or "text-generation",
-                dataset_type=re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
-                dataset_name=text,
-                metric_type="perplexity",
-                metric_value=value,
-            )
+            {
+                "task": {"type": pipeline or "text-generation"},
+                "dataset": {"name": text, "type": re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")},
+                "metrics": [{"type": "perplexity", "value": value}],
+            }
             for text, value in facts["perplexity"].items()
         ]
         name = facts.get("repository", kind.replace("_", "-")).rpartition("/")[2]
-        metadata |= ModelCardData(model_name=name, eval_results=results).to_dict()
+        metadata["model-index"] = [{"name": name, "results": results}]
     return metadata
 
 
 def _merge_metadata(
-    generated: Mapping[str, Any], given: Mapping[str, Any], layout: _Card | None, others: Sequence[_Card]
+    generated: Mapping[str, Any], given: Mapping[str, Any], layout: Card, others: Sequence[Card]
 ) -> dict[str, Any]:
-    """Front matter: what is given, then what a user wrote, then what was generated."""
-    found = dict(layout.metadata) if layout else {}
-    before = layout.record["metadata"] if layout and layout.record else {}
+    """Front matter: what is given, then what a user changed since it was generated, then what is generated now."""
+    found = dict(layout.metadata)
+    if not all(map(_is_hub_id, _union(found.get("base_model")))):
+        del found["base_model"]
     for card in others:
-        for name, value in card.metadata.items():
-            if name == "tags":
-                found[name] = _union(found.get(name), value)
-            elif name not in _OURS_ALONE and name not in before:
-                found.setdefault(name, value)
-    if not _is_publishable(found.get("base_model")):
-        found.pop("base_model", None)
-    if not before:
-        found.pop("library_name", None)  # libraries write "transformers" here, for adapters too
-    if not found.get("model-index", [{}])[0].get("results"):
-        found.pop("model-index", None)
-
-    merged: dict[str, Any] = {}
-    for name in dict.fromkeys((*found, *generated)):
-        old, ours = found.get(name), generated.get(name)
+        added = [tag for tag in _union(card.metadata.get("tags")) if tag not in card.generated.get("tags", [])]
+        found["tags"] = _union(found.get("tags"), added)
+        found = {name: value for name, value in card.metadata.items() if name not in _OURS_ALONE} | found
+    for name in dict.fromkeys((*layout.generated, *generated)):
+        old, before, now = found.get(name), layout.generated.get(name), generated.get(name)
         if name == "tags":
-            stale = set(before.get("tags", [])) - set(ours or [])
-            refused = set(before.get("tags", [])) - set(old or [])
-            merged[name] = [
-                tag
-                for tag in _union(old, ours)
-                if tag not in stale and tag not in refused and _is_publishable_tag(tag)
-            ]
-        elif name in before and name not in found and name != "library_name":
-            continue  # a user took it out
-        elif name in found and old != before.get(name):
-            merged[name] = old
-        elif name in generated:
-            merged[name] = ours
-    if "base_model" not in merged:
-        merged.pop("base_model_relation", None)
-    for name, value in given.items():
-        merged[name] = _union(merged.get(name), value) if name == "tags" else value
-    return {name: value for name, value in merged.items() if value not in (None, [])}
+            dropped = set(_union(before)) - (set(_union(old)) & set(_union(now)))
+            found[name] = [tag for tag in _union(old, now) if tag not in dropped]
+        elif old == before:
+            found[name] = now
+    found["library_name"] = generated["library_name"]  # transformers writes its own name
+    tags = _union(found.get("tags"), given.get("tags"))
+    found |= {**_plain(given), "tags": [tag for tag in tags if _is_publishable_tag(tag)]}
+    if not found.get("base_model"):
+        found.pop("base_model_relation", None)
+    return {name: value for name, value in found.items() if value not in (None, [])}
 
 
 def _union(*lists: Any) -> list[str]:
     entries = [[tags] if isinstance(tags, str) else tags or [] for tags in lists]
     return list(dict.fromkeys(tag for tags in entries for tag in tags))
-
-
-def _is_publishable(base_model: Any) -> bool:
-    names = base_model if isinstance(base_model, list) else [base_model]
-    return all(_is_hub_id(name) for name in names)
 
 
 def _is_publishable_tag(tag: str) -> bool:
@@ -589,15 +531,10 @@ def _render(
         bits=bits[0] if isinstance(bits, list) else bits,
         quantization=_only(_FORMAT, quantization),
         engines=_engines(quantization),
-        settings=facts.get("settings"),
-        command=facts.get("command"),
-        log=facts.get("log"),
-        perplexity=facts.get("perplexity"),
         compared_with=facts.get("compared_with", {}),
         texts=list(texts),
-        trained=facts.get("trained"),
-        export=facts.get("export"),
         versions=package_versions(),
+        **{name: facts.get(name) for name in ("settings", "command", "log", "perplexity", "trained", "export")},
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

@@ -20,7 +20,7 @@ from ..module_names import split_block
 from ..ops.packed.packing import pack_rows, pack_zeros
 from ..qft.names import conversions_apart_from
 from ..qft.weight import Int8Weight
-from .card import QFT, update_card
+from .card import QFT, best_effort, update_card
 
 
 if TYPE_CHECKING:
@@ -111,11 +111,9 @@ def export_qft(
                 "mean difference": error.mean,
                 "largest logit": error.largest_logit,
             }
-        update_card(
-            unfinished,
-            bases=[model.config._name_or_path],
-            facts={"method": QFT, "export": {"format": format, "logit_error": measured}},
-        )
+        facts = {"method": QFT, "export": {"format": format, "logit_error": measured}}
+        with best_effort(directory):
+            update_card(unfinished, bases=[model.config._name_or_path], facts=facts)
     return error
 
 

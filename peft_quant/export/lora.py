@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ..files import new_directory
 from ..tuners.lrec.config import LRECConfig
-from .card import update_card
+from .card import best_effort, update_card
 
 
 def export_lora(
@@ -70,5 +70,6 @@ def _export(
     with new_directory(out) as directory:
         lora.save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
+        with best_effort(out):
+            update_card(directory, facts={"base_quantization": config.base_quantization}, exported=True)
     return Path(out)

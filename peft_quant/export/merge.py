@@ -21,7 +21,7 @@ from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 from ..tuners.peqa.config import PEQAConfig
 from ..tuners.saved import require_trained
-from .card import README, inherited_metadata, update_card
+from .card import FACTS, README, best_effort, inherited_metadata, update_card
 
 
 _MERGE_IN_MEMORY = (
@@ -68,13 +68,15 @@ class Merge:
         """
         with new_directory(self.out) as directory:
             self.checkpoint.copy_with(directory, {*self.deltas, *self.others}, self._replacement)
-            (directory / README).unlink(missing_ok=True)
-            update_card(
-                directory,
-                bases=self.bases,
-                metadata=inherited_metadata(self.checkpoint.directory),
-                changed={*self.deltas, *self.others},
-            )
+            for name in (README, FACTS):
+                (directory / name).unlink(missing_ok=True)
+            with best_effort(self.out):
+                update_card(
+                    directory,
+                    bases=self.bases,
+                    metadata=inherited_metadata(self.checkpoint.directory),
+                    changed={*self.deltas, *self.others},
+                )
         return self.out
 
     def _replacement(self, name: str, old: torch.Tensor) -> torch.Tensor:
@@ -101,7 +103,8 @@ def merge_checkpoint(
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
     Works on files: needs neither a GPU nor a GPTQ package, and memory for one tensor at a time. Every other tensor and
-    file, `config.json` included, is byte-equal to the base, except for the model card, which is the merged model's.
+    file, `config.json` included, is byte-equal to the base, except for the model card and its facts, which are the merged
+    model's.
     `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is complete.
 
     Args:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..estimate.report import MemoryReport
-from ..export.card import QFT, README, update_card
+from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
 from ..files import replaced_files, require_space
 from ..qft.checkpoint import layout_difference, loading_difference
@@ -204,20 +204,23 @@ class QFTMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         trainer: Any = super()
         directory = Path(output_dir or self.args.output_dir)
-        earlier = _read(directory / README)
         with replaced_files(directory, stale="model*.safetensors*") as unfinished:
             trainer._save(os.fspath(unfinished), state_dict)
-            self._write_card(unfinished, earlier)
+            with best_effort(directory):
+                self._write_card(unfinished, [Card.read(directory)])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = super()
         directory = Path(self.args.output_dir)
-        earlier = _read(directory / README)
+        earlier = []
+        with best_effort(directory):
+            earlier.append(Card.read(directory))
         trainer.create_model_card(*args, **kwargs)
         if (directory / "config.json").is_file():
-            self._write_card(directory, [*earlier, *_read(directory / README)])
+            with best_effort(directory):
+                self._write_card(directory, [*earlier, Card.read(directory)])
 
-    def _write_card(self, directory: Path, earlier: list[str]) -> None:
+    def _write_card(self, directory: Path, earlier: list[Card]) -> None:
         trainer: Any = self
         names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
         settings = {
@@ -226,10 +229,7 @@ class QFTMixin:
             **{name: getattr(self.args, name) for name in names},
         }
         facts = {"method": QFT, "settings": settings}
-        try:
-            update_card(directory, earlier, [trainer.model.config._name_or_path], trainer.hub_model_id, facts)
-        except ValueError as error:
-            warnings.warn(f"The model card in {self.args.output_dir} was left as it is. {error}", stacklevel=2)
+        update_card(directory, earlier, [trainer.model.config._name_or_path], trainer.hub_model_id, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         trainer: Any = self
@@ -454,7 +454,3 @@ def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> 
 def _checkpoint_bytes(report: MemoryReport, only_model: bool) -> int:
     kept = [row for row in report.rows if row.state and row.what != "gradients"]
     return sum(row.bytes for row in kept if not (only_model and row.what in ("momentum", "rounding errors")))
-
-
-def _read(card: Path) -> list[str]:
-    return [card.read_text(encoding="utf-8")] if card.is_file() else []

@@ -33,7 +33,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(run, models, adapter, t
     assert contents(tmp_path) == before
     listed = {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")}
     merge_checkpoint(models / "base", adapter, tmp_path / "out")
-    assert listed | {"README.md"} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert listed | {"README.md", "peft_quant_facts.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     assert "user/merged" in result.stdout
 
 

@@ -30,7 +30,8 @@ def test_an_adapter(run, models, text, tmp_path):
         result = run("train", "peqa", *own, "--max_steps", 2, "--use_cpu", "--push-to-hub", "user/adapter")
         assert result.code == 0, result.stderr
     files = hub.files("user/adapter")
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
+    assert {"tokenizer.json", "peft_quant_facts.json"} <= files.keys()
     assert not any(name.startswith("checkpoint") for name in files)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "peft-quant train peqa" in card

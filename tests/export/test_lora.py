@@ -83,6 +83,7 @@ def test_the_files_are_those_of_lora(checkpoint, tmp_path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "peft_quant_facts.json",
     ]
     adapter, lora = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "lora"))
     assert adapter.keys() == lora.keys()

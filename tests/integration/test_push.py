@@ -372,6 +372,7 @@ def test_a_trainer_pushes_the_adapter(hub, checkpoint, input_ids, tmp_path, stra
     assert "model.safetensors" not in files
     assert ("last-checkpoint/optimizer.pt" in files) == (strategy == "checkpoint")
     assert "# PEQA adapter" in Path(path, "README.md").read_text()
+    assert json.loads(Path(path, "peft_quant_facts.json").read_text())["facts"]["settings"]["training_steps"] == "2"
     pulled = PeftModel.from_pretrained(load(checkpoint), path)
     assert torch.equal(logits(pulled, input_ids), logits(model, input_ids))
 
@@ -403,6 +404,7 @@ def test_edits_of_an_int8_models_card_survive(hub, tmp_path):
         HfApi(endpoint).upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="user/int8")
         model.push_to_hub("user/int8")
     assert card_of(hub, "user/int8").text.endswith("My own words.\n")
+    assert json.loads(read(hub, "user/int8", "peft_quant_facts.json"))["facts"]["method"] == "QFT"
 
 
 def test_a_push_by_qft_trainer(hub, tmp_path):
@@ -414,6 +416,7 @@ def test_a_push_by_qft_trainer(hub, tmp_path):
     card = card_of(hub, "user/trained")
     assert card.data.license == "apache-2.0"
     assert "| training_steps | 2 |" in card.text
+    assert json.loads(read(hub, "user/trained", "peft_quant_facts.json"))["facts"]["settings"]["training_steps"] == 2
     assert card.text.split("```python\n")[1].startswith("import peft_quant")
     assert not [name for name in hub.files("user/trained") if name.startswith("checkpoint")]
 
@@ -427,4 +430,5 @@ def test_exports_of_an_int8_model(hub, tmp_path, input_ids):
             api.create_repo(f"user/{format}")
             api.upload_folder(repo_id=f"user/{format}", folder_path=tmp_path / format)
             assert "import peft_quant" not in card_of(hub, f"user/{format}").text
+            assert "peft_quant_facts.json" in hub.files(f"user/{format}")
         AutoModelForCausalLM.from_pretrained("user/bf16")
