@@ -103,9 +103,9 @@ def merge_checkpoint(
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
     Works on files: needs neither a GPU nor a GPTQ package, and memory for one tensor at a time. Every other tensor and
-    file, `config.json` included, is byte-equal to the base, except for the model card and its facts, which are the merged
-    model's.
-    `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is complete.
+    file, `config.json` included, is byte-equal to the base, except for the model card and its facts, which are the
+    merged model's. `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is
+    complete.
 
     Args:
         base: directory or Hub id of the GPTQ checkpoint the adapter was trained on, in safetensors.
