@@ -1,11 +1,26 @@
-"""What a training run holds in memory, from plain rows."""
+"""What a training run holds in memory, as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..tables import text_table
+from .count import (
+    ACTIVATIONS,
+    ADAPTER,
+    AFTER_BACKWARD,
+    DECODED,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    REST,
+    SCALES,
+    STATES,
+    WEIGHTS,
+    Amounts,
+    total_bytes,
+)
 
 
 _FP32_ADAM = 16  # bytes a parameter: weight, gradient and two moments
@@ -37,12 +52,14 @@ class MemoryReport:
     Attributes:
         rows: what there is.
         parameters: number of the model's parameters, those tied counted once.
-        apart: bytes of the rows that are not there when most is.
+        apart: bytes of the rows that are not live at the peak.
+        peak_known: whether a step was counted; without it, the rows are those of the states alone.
     """
 
     rows: Sequence[MemoryRow]
     parameters: int
     apart: int = 0
+    peak_known: bool = True
 
     @property
     def states(self) -> int:
@@ -51,7 +68,7 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes that are there at once: an estimate of the peak."""
+        """Bytes live at the peak, as estimated; of the states alone if the peak is not known."""
         return sum(row.bytes for row in self.rows) - self.apart
 
     @property
@@ -65,5 +82,61 @@ class MemoryReport:
         cells.append(("states", f"{self.share_of_adam:.1%} of fp32 AdamW", "", f"{self.states / 1e6:,.1f}"))
         if self.apart:
             cells.append(("not at the peak", "", "", f"{-self.apart / 1e6:,.1f}"))
-        cells.append(("estimated peak", "", "", f"{self.total / 1e6:,.1f}"))
+        cells.append(("estimated peak", "", "", f"{self.total / 1e6:,.1f}" if self.peak_known else "not estimated"))
         return text_table(cells, left=2)
+
+
+def make_report(peaks: Mapping[Hashable, Amounts], parameters: int, precision_of: Mapping[str, str]) -> MemoryReport:
+    """The states as they are between backward and the optimizer's step, and the rest as it is at the peak.
+
+    Args:
+        peaks: amounts by the event they were counted at, as `Subject.train` or `Subject.states` gives them.
+        parameters: number of the model's.
+        precision_of: how the values of each kind are held.
+    """
+    states = {kind: amount for kind, amount in peaks[AFTER_BACKWARD].items() if kind in STATES}
+    peak = max(
+        (amounts for event, amounts in peaks.items() if event != AFTER_BACKWARD), key=total_bytes, default=states
+    )
+    # gradients come as activations go
+    gradients = max(states[GRADIENTS], peak[GRADIENTS])
+    amounts = {**peak, **states, GRADIENTS: gradients}
+    rows = [
+        MemoryRow(kind, precision_of[kind], values, size, kind in STATES)
+        for kind, (size, values) in amounts.items()
+        if size
+    ]
+    return MemoryReport(rows, parameters, gradients[0] - peak[GRADIENTS][0], peak_known=peak is not states)
+
+
+def precisions(
+    method: str, optimizer: str = "adamw", bits: int | None = None, dtype: str = "bf16", state_bits: int = 8
+) -> dict[str, str]:
+    """How the values of each kind are held.
+
+    Args:
+        method: what trains, and on what.
+        optimizer: of a method that has none of its own.
+        bits: of a GPTQ weight.
+        dtype: of what is not quantized.
+        state_bits: of QFT's momentum.
+    """
+    blocks = "int8, fp32 scale a block"
+    weights, scales = {"lora": ("bf16", ""), "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these")}.get(
+        method, (f"GPTQ, {bits} bits", "fp16, zero points, groups")
+    )
+    gradients, states = "fp32", {"adamw": "fp32", "adamw8bit": "8 bits, fp32 scale a block"}[optimizer]
+    if method.startswith("qft"):
+        weights, scales = "int8", "fp32, outliers"
+        gradients, states = dtype if method == "qft-fused" else blocks, blocks if state_bits == 8 else "fp32"
+    return {
+        WEIGHTS: weights,
+        SCALES: scales,
+        REST: dtype,
+        ADAPTER: "fp32",
+        GRADIENTS: gradients,
+        OPTIMIZER: states,
+        ACTIVATIONS: "bf16, fp32",
+        DECODED: dtype,
+        LOGITS: "bf16, fp32, gradients",
+    }

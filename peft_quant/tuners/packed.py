@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import gptq
+from ..first_step import prove_first_step
 from ..gptq.base_record import Layers, describe_base, digests, require_base
 from ..gptq.dtypes import Apply, activation_dtype, after_cast, warn_of_cast_scales, weight_without_values, without_cast
 from ..gptq.fingerprint import fingerprint
@@ -28,7 +29,6 @@ from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..registry import ask_for_weight, check_adapters
-from .proof import prove_first_step
 from .saved import require_trained
 
 

@@ -30,7 +30,7 @@ from ...first_step import sample
 from ...inspection import layer_changes
 from ...qft.weight import Int8Weight
 from ...tuners.packed import AdaptedLinear
-from ..memory import planned_memory
+from ..qft import memory_of_step
 from .page import Changes, Evaluation, Sample, TrainingReport, format_bytes, format_seconds, write_training_report
 
 
@@ -234,7 +234,7 @@ class ReportCallback(TrainerCallback, ExportableState):
 
     def _memory_rows(self, args: Any, model: nn.Module, train_dataloader: Any) -> list[MemoryRow]:
         if hasattr(args, "fused") and any(isinstance(p, Int8Weight) for p in model.parameters()):
-            return list(planned_memory(model, args, getattr(train_dataloader, "dataset", None)).rows)
+            return list(memory_of_step(model, args, getattr(train_dataloader, "dataset", None)).rows)
         rows = [*_model_rows(model), *(self._memory[name] for name in self._memory)]
         return [row for row in rows if row.bytes]
 
