@@ -15,13 +15,11 @@ from transformers import PreTrainedModel
 from ..qft import QuantizedLion
 from ..qft.lion import Rounding
 from .count import AsOnAGpu
-from .report import MemoryReport, make_report, precisions
+from .report import MemoryReport, dtype_name, make_report, precisions
 from .subject import Subject, enable_checkpointing
 
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def estimate_qft(
@@ -66,8 +64,8 @@ def estimate_qft(
     except Exception as error:  # of code of any model, on tensors that it was not written for
         logger.info("The peak of a training step is not estimated: %s: %s", type(error).__name__, error)
         counted = subject(_holding(known.values()), gpu).states()
-    dtype = _DTYPES.get(model.dtype, str(model.dtype))
-    precision_of = precisions("qft-fused" if fused else "qft-stack", dtype=dtype, state_bits=state_bits)
+    method = "qft-fused" if fused else "qft-stack"
+    precision_of = precisions(method, dtype=dtype_name(model.dtype), state_bits=state_bits)
     return make_report(counted, sum(p.numel() for p in model.parameters()), precision_of)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..tables import text_table
 from .count import (
     ACTIVATIONS,
@@ -24,6 +26,7 @@ from .count import (
 
 
 _FP32_ADAM = 16  # bytes a parameter: weight, gradient and two moments
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,7 @@ def precisions(
         DECODED: dtype,
         LOGITS: "bf16, fp32, gradients",
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))

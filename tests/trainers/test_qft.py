@@ -355,7 +355,7 @@ class TestReport:
                 held["gradients"] = allocated(tensor for entry in entries for tensor in (entry.codes, entry.scales))
 
         run = trainer(tmp_path, trainer_options={"callbacks": [Look()]}, **settings)
-        with caplog.at_level(logging.INFO, "peft_quant.qft"):
+        with caplog.at_level(logging.INFO, "peft_quant.trainers.qft"):
             run.train()
         rows = {row.what: row for row in run.memory_report.rows}
         parameters = list(run.model.parameters())

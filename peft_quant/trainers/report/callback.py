@@ -8,35 +8,35 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from ... import gptq
-from ...estimate.report import MemoryRow
+from ...estimate.report import MemoryRow, dtype_name
 from ...export.card import package_versions, public_name
 from ...first_step import sample
 from ...inspection import layer_changes
 from ...qft.weight import Int8Weight
 from ...tuners.packed import AdaptedLinear
-from ..qft import memory_of_step
+from ..qft import QFTArguments, memory_of_step
 from .page import Changes, Evaluation, Sample, TrainingReport, format_bytes, format_seconds, write_training_report
 
 
 REPORT = "training_report.html"
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SECRET = re.compile(r"(?i)token|secret|password|api.?key")
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
@@ -95,7 +95,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         self._started: float | None = None  # while it trains
         self._logged: int | None = None  # entries of the log until training ended
         self._sizes: dict[str, int | None] = {}  # samples that were evaluated
-        self._random: Any = None  # what an evaluation that only this asked for is to give back
+        self._first_evaluation = ExitStack()  # what ends one that only this asked for
         self._codes: dict[str, torch.Tensor] = {}
         self._memory: dict[str, MemoryRow] = {}
 
@@ -106,11 +106,9 @@ class ReportCallback(TrainerCallback, ExportableState):
             "attributes": {"before": self.before, "seconds": self._trained_for()},
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, tokenizer = kwargs["model"], self.tokenizer or kwargs.get("processing_class")
-        saved: Any = state.stateful_callbacks
+        saved = state.stateful_callbacks
         if self.prompts and tokenizer is None:
             message = (
                 f"There are {len(self.prompts)} prompts and no tokenizer: pass `tokenizer` to ReportCallback, or "
@@ -127,40 +125,33 @@ class ReportCallback(TrainerCallback, ExportableState):
             if isinstance(own, dict):
                 self.before, self.seconds = own["attributes"]["before"], own["attributes"]["seconds"]
         else:
-            self._codes = _sample_codes(model)
+            int8 = [(name, p) for name, p in model.named_parameters() if isinstance(p, Int8Weight) and p.requires_grad]
+            self._codes = {name: sample(p.codes) for name, p in int8}
             if state.is_world_process_zero:
                 self.before["answers"] = self._answers(model, tokenizer)
             if args.eval_strategy != IntervalStrategy.NO and not args.eval_on_start:
-                args.eval_on_start, self._random = True, _random_state()
+                args.eval_on_start = True
+                self._first_evaluation.callback(setattr, args, "eval_on_start", False)
+                self._first_evaluation.enter_context(_random_numbers_come_back())
         # a checkpoint that was written without this callback has no place for it
         saved.setdefault(type(self).__name__, self.state())
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._random is not None:
-            args.eval_on_start = False
-            _set_random_state(self._random)
-            self._random = None
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_evaluation.close()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "gradients" not in self._memory:
             gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-            self._memory["gradients"] = _row("gradients", gradients)
+            self._memory["gradients"] = _memory_row("gradients", gradients)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not self._memory.get("optimizer state", _row("", [])).bytes:
-            state_of_optimizer = tree_leaves(getattr(kwargs["optimizer"], "state", {}))
-            tensors = [leaf for leaf in state_of_optimizer if isinstance(leaf, torch.Tensor)]
-            self._memory["optimizer state"] = _row("optimizer state", tensors)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "optimizer state" not in self._memory:
+            leaves = tree_leaves(getattr(kwargs["optimizer"], "state", {}))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            if tensors:
+                self._memory["optimizer state"] = _memory_row("optimizer state", tensors)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dataset: Any = getattr(kwargs.get("eval_dataloader"), "dataset", None)
         size = len(dataset) if hasattr(dataset, "__len__") else None
         for name, loss in _losses(kwargs["metrics"]).items():
@@ -174,12 +165,10 @@ class ReportCallback(TrainerCallback, ExportableState):
         if self._started is None and state.global_step:
             self._write(args, state, **kwargs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(args, state, **kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds, self._started, self._logged = self._trained_for(), None, len(state.log_history)
         if state.is_world_process_zero:
             tokenizer = self.tokenizer or kwargs.get("processing_class")
@@ -194,7 +183,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         answers: dict[str, str] = {}
         if tokenizer is None or _is_sharded():
             return answers
-        with _warn_of_errors("Samples"), _undisturbed(model):
+        with _warn_of_errors("Samples"), _evaluating(model):
             for prompt in self.prompts:
                 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
                 greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -233,10 +222,9 @@ class ReportCallback(TrainerCallback, ExportableState):
         )
 
     def _memory_rows(self, args: Any, model: nn.Module, train_dataloader: Any) -> list[MemoryRow]:
-        if hasattr(args, "fused") and any(isinstance(p, Int8Weight) for p in model.parameters()):
+        if isinstance(args, QFTArguments):
             return list(memory_of_step(model, args, getattr(train_dataloader, "dataset", None)).rows)
-        rows = [*_model_rows(model), *(self._memory[name] for name in self._memory)]
-        return [row for row in rows if row.bytes]
+        return [row for row in (*_model_rows(model), *self._memory.values()) if row.bytes]
 
     def _changes(self, model: Any) -> Changes | None:
         if self._codes:
@@ -335,7 +323,7 @@ def _summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[s
         "Method": _method(model),
         "Model": _model_name(model),
         "Base format": _base_format(model),
-        "Trained": f"{values:,} values, {' and '.join(_precisions(trained))}, {format_bytes(size)}",
+        "Trained": f"{values:,} values, {_precisions(trained)}, {format_bytes(size)}",
         "Steps": f"{state.global_step:,} of {state.max_steps:,}, epoch {state.epoch or 0:.3g}",
         "Sequences a step": batch,
         "Tokens": f"{_tokens(state):,}" if _tokens(state) else None,
@@ -361,8 +349,7 @@ def _base_format(model: Any) -> str | None:
     known = getattr(_adapter_config(model), "base_quantization", None)
     known = known or (config if isinstance(config, dict) else config.to_dict() if config is not None else {})
     if not known.get("bits"):
-        dtype: Any = getattr(model, "dtype", None)
-        return str(known["quant_method"]) if "quant_method" in known else _DTYPES.get(dtype)
+        return known.get("quant_method") or (dtype_name(model.dtype) if hasattr(model, "dtype") else None)
     words = [f"GPTQ, {known['bits']} bits"]
     if known.get("group_size"):
         words.append("one group a column" if known["group_size"] == -1 else f"groups of {known['group_size']}")
@@ -373,40 +360,27 @@ def _base_format(model: Any) -> str | None:
 
 def _model_rows(model: nn.Module) -> list[MemoryRow]:
     """The model's tensors, each counted once: packed weights, trained parameters and the rest."""
-    rows, seen = [], set()
-    packed = [module for module in model.modules() if gptq.is_packed(module)]
-    if packed:
-        values = bytes_held = 0
-        bits = Counter[int]()
-        for layer in packed:
-            tensors = gptq.packed_tensors(layer)
-            seen |= {id(tensor) for tensor in tensors}
-            values += tensors.g_idx.numel() * tensors.qweight.shape[1]
-            bits[32 * tensors.qweight.shape[0] // tensors.g_idx.numel()] += 1
-            bytes_held += sum(map(_size, tensors))
-        precision = f"{' and '.join(str(number) for number in sorted(bits))} bits, fp16 scales"
-        rows.append(MemoryRow("packed weights", precision, values, bytes_held, True))
-    parameters = [p for p in model.parameters() if id(p) not in seen]
-    buffers = [b for b in model.buffers() if id(b) not in seen]
+    layers = [gptq.packed_tensors(module) for module in model.modules() if gptq.is_packed(module)]
+    packed = {id(tensor) for layer in layers for tensor in layer}
+    bits = sorted({32 * layer.qweight.shape[0] // layer.g_idx.numel() for layer in layers})
+    values = sum(layer.g_idx.numel() * layer.qweight.shape[1] for layer in layers)
+    size = sum(_size(tensor) for layer in layers for tensor in layer)
+    parameters = [p for p in model.parameters() if id(p) not in packed]
     return [
-        *rows,
-        _row("frozen weights", [p for p in parameters if not p.requires_grad]),
-        _row("trained weights", [p for p in parameters if p.requires_grad]),
-        _row("buffers", buffers),
+        MemoryRow("packed weights", f"{' and '.join(map(str, bits))} bits, fp16 scales", values, size, True),
+        _memory_row("frozen weights", [p for p in parameters if not p.requires_grad]),
+        _memory_row("trained weights", [p for p in parameters if p.requires_grad]),
+        _memory_row("buffers", [b for b in model.buffers() if id(b) not in packed]),
     ]
 
 
-def _row(what: str, tensors: Sequence[torch.Tensor]) -> MemoryRow:
-    precision = " and ".join(_precisions(tensors))
-    return MemoryRow(what, precision, sum(t.numel() for t in tensors), sum(map(_size, tensors)), True)
+def _memory_row(what: str, tensors: Sequence[torch.Tensor]) -> MemoryRow:
+    return MemoryRow(what, _precisions(tensors), sum(t.numel() for t in tensors), sum(map(_size, tensors)), True)
 
 
-def _precisions(tensors: Sequence[torch.Tensor]) -> list[str]:
-    names = [
-        "int8" if isinstance(t, Int8Weight) else _DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch."))
-        for t in tensors
-    ]
-    return list(dict.fromkeys(names))
+def _precisions(tensors: Sequence[torch.Tensor]) -> str:
+    names = ["int8" if isinstance(tensor, Int8Weight) else dtype_name(tensor.dtype) for tensor in tensors]
+    return " and ".join(dict.fromkeys(names))
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -426,12 +400,6 @@ def _peak() -> tuple[str, int] | None:
     return "the whole process", getrusage(RUSAGE_SELF).ru_maxrss * unit
 
 
-def _sample_codes(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: sample(p.codes) for name, p in model.named_parameters() if isinstance(p, Int8Weight) and p.requires_grad
-    }
-
-
 def _command() -> list[str]:
     """The words the run was started with, if they say anything."""
     script, *words = sys.argv or [""]
@@ -440,14 +408,11 @@ def _command() -> list[str]:
     shown, hide = ["python", Path(script).name], False
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if hide or word.startswith("hf_"):
+        is_secret = bool(_SECRET.search(option))
+        if hide or word.startswith("hf_") or (is_secret and equals):
             value = "***"
-        hide = bool(option and not equals and _SECRET.search(option))
-        if equals and _SECRET.search(option):
-            value = "***"
-        if Path(value).is_absolute():
-            value = Path(value).name
-        shown.append(f"{option}{equals}{value}")
+        hide = is_secret and not equals
+        shown.append(f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}")
     return shown
 
 
@@ -457,39 +422,36 @@ def _says_words(model: Any) -> bool:
 
 def _is_sharded() -> bool:
     """Whether a process has only a part of the model, and cannot run it alone."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    return AcceleratorState().distributed_type in sharded
+    return AcceleratorState().distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    )
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model for evaluation; modes of its modules and random numbers are given back."""
-    modes, state = [(module, module.training) for module in model.modules()], _random_state()
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model for evaluation; modes of its modules and random numbers come back."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _random_numbers_come_back():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        _set_random_state(state)
 
 
-def _random_state() -> Any:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: Any) -> None:
-    of_python, of_numpy, of_torch, cuda = state
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
-    torch.set_rng_state(of_torch)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
+@contextmanager
+def _random_numbers_come_back() -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
