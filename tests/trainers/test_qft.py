@@ -24,6 +24,7 @@ from peft_quant import (
     QFTTrainer,
     QuantizedLion,
     TrainingError,
+    estimate_memory,
     quantize_model,
 )
 from peft_quant.qft.dry_run import first_rows_only, require_readable
@@ -371,6 +372,13 @@ class TestReport:
             assert 0 <= rows["gradients"].bytes - held["gradients"] <= max(p.nbytes for p in parameters)
         assert str(run.memory_report) in caplog.text
         assert "of fp32 AdamW" in caplog.text
+
+    def test_is_the_estimate_of_the_config(self, tmp_path):
+        model = quantize_model(float_llama().bfloat16())
+        run = trainer(tmp_path, model, gradient_checkpointing=True, max_steps=1)
+        run.train()
+        batch, sequence = run.args.per_device_train_batch_size, len(run.train_dataset[0]["input_ids"])
+        assert run.memory_report == estimate_memory(model.config, "qft-stack", batch=batch, sequence=sequence)
 
     @pytest.mark.parametrize(("rounding", "rate"), (("stochastic", 1e-9), ("nearest", 1e-5)))
     def test_a_learning_rate_that_moves_nothing(self, tmp_path, rounding, rate):
