@@ -2,7 +2,7 @@
 
 For adapters, PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the
 first step that has a learning rate above zero, involves any of its parameters and has a gradient, and let go. Weights
-in int8 may be updated within backward already: their trainer calls `Int8FirstStep` around all of it.
+in int8 may be updated within backward already: their trainer takes an `Int8Snapshot` before all of it.
 """
 
 from __future__ import annotations
@@ -40,84 +40,74 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
-class _Frozen:
-    """Tensors that no step may write to, with their versions."""
+class _Snapshot:
+    """Tensors right before a step: versions of frozen ones, and samples of those that should move, by their kind."""
 
-    def __init__(self) -> None:
-        self._versions: dict[str, tuple[torch.Tensor, int]] = {}
+    def __init__(self, *kinds: str) -> None:
+        self.frozen: dict[str, tuple[torch.Tensor, int]] = {}
+        self.trained: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {kind: [] for kind in kinds}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._versions[name] = tensor, tensor._version
+    def freeze(self, name: str, tensor: torch.Tensor) -> None:
+        self.frozen[name] = tensor, tensor._version
 
-    def check(self, way_out: str) -> None:
-        changed = [name for name, (tensor, version) in self._versions.items() if tensor._version != version]
+    def require_frozen(self, way_out: str) -> None:
+        changed = [name for name, (tensor, version) in self.frozen.items() if tensor._version != version]
         if changed:
             raise TrainingError(
                 f"The optimizer changed {len(changed)} tensors that are frozen, first {changed[0]}. {way_out}"
             )
 
-
-class _Trained:
-    """Tensors that a step should move, with samples from before it."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def add(self, tensor: torch.Tensor) -> int:
-        """How many values of it are compared."""
-        self._before.append((tensor, sample(tensor)))
-        return self._before[-1][1].numel()
-
-    def stayed(self) -> bool:
-        """Whether values are compared and none moved; a process may hold no row of any sharded tensor."""
-        has_values = any(before.numel() for _, before in self._before)
-        return has_values and all(torch.equal(sample(tensor), before) for tensor, before in self._before)
-
-    def without_gradient(self) -> bool:
-        """Whether there are gradients and all are zero, as of a batch without labels."""
-        gradients = [tensor.grad for tensor, _ in self._before if tensor.grad is not None]
-        return bool(gradients) and not any(gradient.any() for gradient in gradients)
-
-    def __len__(self) -> int:
-        return len(self._before)
+    def require_moved(self, kind: str, way_out: str) -> None:
+        tensors = self.trained[kind]
+        # a process may hold no row of any sharded tensor
+        has_values = any(before.numel() for _, before in tensors)
+        if has_values and all(torch.equal(sample(tensor), before) for tensor, before in tensors):
+            raise TrainingError(
+                f"After the first optimizer step none of the {len(tensors)} {kind} tensors has moved{way_out}"
+            )
 
 
-class _AdapterStep:
-    """An adapted model right before a step."""
+class _AdapterSnapshot(_Snapshot):
+    """An adapted model right before a step.
+
+    Attributes:
+        without_gradient: whether there are gradients and all are zero, as of a batch without labels.
+    """
 
     def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+        super().__init__("adapter")
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, layer_class)}
         moving = tuple(f"{name}.{attribute}." for name, layer in layers.items() for attribute in layer.first_to_move)
-        self.trained, self.frozen = _Trained(), _Frozen()
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                self.frozen.add(name, parameter)
+                self.freeze(name, parameter)
             elif name.startswith(moving):
-                self.trained.add(parameter)
+                self.trained["adapter"].append((parameter, sample(parameter)))
         for name, layer in layers.items():
             for buffer_name, buffer in layer.get_base_layer().named_buffers():
-                self.frozen.add(f"{name}.{buffer_name}", buffer)
-        self.without_gradient = self.trained.without_gradient()
+                self.freeze(f"{name}.{buffer_name}", buffer)
+        gradients = [tensor.grad for tensor, _ in self.trained["adapter"] if tensor.grad is not None]
+        self.without_gradient = bool(gradients) and not any(gradient.any() for gradient in gradients)
 
     def check(self) -> None:
-        self.frozen.check("Give it only the parameters with `requires_grad`, after `get_peft_model`.")
+        self.require_frozen("Give it only the parameters with `requires_grad`, after `get_peft_model`.")
         if self.without_gradient:
             raise TrainingError(
-                f"The gradients of all {len(self.trained)} adapter tensors were zero in each of the first "
+                f"The gradients of all {len(self.trained['adapter'])} adapter tensors were zero in each of the first "
                 f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, or every "
                 "sequence has one token. Check the data set and its collator."
             )
-        if self.trained.stayed():
-            raise TrainingError(
-                f"After the first optimizer step none of the {len(self.trained)} adapter tensors has moved. Build the "
-                "optimizer after `get_peft_model`, and check that gradients reach the adapter and are not zero."
-            )
+        self.require_moved(
+            "adapter",
+            ". Build the optimizer after `get_peft_model`, and check that gradients reach the adapter and are not "
+            "zero.",
+        )
 
 
 class _Proof:
     def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
         self.layer_class = layer_class
-        self.step: _AdapterStep | None = None
+        self.snapshot: _AdapterSnapshot | None = None
         self.without_gradient = 0
 
 
@@ -148,16 +138,16 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         return
     for model, proof in list(_under_proof.items()):
         if _involves(optimizer, model):
-            proof.step = _AdapterStep(model, proof.layer_class)
+            proof.snapshot = _AdapterSnapshot(model, proof.layer_class)
 
 
 def _after_step(*_: Any) -> None:
     for model, proof in list(_under_proof.items()):
-        step, proof.step = proof.step, None
-        if step is None or not len(step.trained):
+        snapshot, proof.snapshot = proof.snapshot, None
+        if snapshot is None or not snapshot.trained["adapter"]:
             continue
-        proof.without_gradient += step.without_gradient
-        if step.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
+        proof.without_gradient += snapshot.without_gradient
+        if snapshot.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
             if proof.without_gradient == 1:
                 warnings.warn(
                     "All gradients of an optimizer step were zero: every label of its batch is -100, which is "
@@ -166,7 +156,7 @@ def _after_step(*_: Any) -> None:
                 )
             continue
         del _under_proof[model]
-        step.check()
+        snapshot.check()
 
 
 def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
@@ -175,7 +165,7 @@ def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
     return any(id(parameter) in updated for parameter in model.parameters())
 
 
-class Int8FirstStep:
+class Int8Snapshot(_Snapshot):
     """A model with int8 weights right before a step of Lion.
 
     Args:
@@ -186,19 +176,19 @@ class Int8FirstStep:
     """
 
     def __init__(self, model: nn.Module, learning_rates: Mapping[int, float], stochastic: bool) -> None:
-        self.frozen = _Frozen()
-        self.trained = {"int8": _Trained(), "float": _Trained()}
-        self.expected = {"int8": 0.0, "float": 0.0}
+        super().__init__("trained int8", "trained float")
+        self.expected = dict.fromkeys(self.trained, 0.0)
         looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # rows without a gradient
         for name, parameter in model.named_parameters():
-            codes = getattr(parameter, "codes", None)
-            stored = parameter if codes is None else codes
+            kind = "trained int8" if hasattr(parameter, "codes") else "trained float"
+            stored = getattr(parameter, "codes", parameter)
             if not parameter.requires_grad:
-                self.frozen.add(name, stored)
+                self.freeze(name, stored)
             elif id(parameter) in learning_rates and id(parameter) not in looked_up:
-                kind = "float" if codes is None else "int8"
+                before = sample(stored)
+                self.trained[kind].append((stored, before))
                 moving = _moving_share(parameter, learning_rates[id(parameter)], stochastic)
-                self.expected[kind] += moving * self.trained[kind].add(stored)
+                self.expected[kind] += moving * before.numel()
 
     def check(self) -> None:
         """Check the model right after the step.
@@ -206,14 +196,14 @@ class Int8FirstStep:
         Raises:
             TrainingError: no int8 weight or no float parameter moved, although many should have; or a frozen one did.
         """
-        self.frozen.check("Only parameters with `requires_grad` belong into the optimizer.")
-        for kind, trained in self.trained.items():
-            if self.expected[kind] >= _SURE and trained.stayed():
-                raise TrainingError(
-                    f"After the first optimizer step none of the {len(trained)} trained {kind} tensors has moved, "
-                    f"where about {self.expected[kind]:.0f} of the values looked at should have. Check that gradients "
-                    "reach the weights and are not zero, as where every label is -100, which is ignored, or every "
-                    "sequence has one token."
+        self.require_frozen("Only parameters with `requires_grad` belong into the optimizer.")
+        for kind, expected in self.expected.items():
+            if expected >= _SURE:
+                self.require_moved(
+                    kind,
+                    f", where about {expected:.0f} of the values looked at should have. Check that gradients reach "
+                    "the weights and are not zero, as where every label is -100, which is ignored, or every sequence "
+                    "has one token.",
                 )
 
 

@@ -8,21 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..tables import text_table
-from .count import (
-    ACTIVATIONS,
-    ADAPTER,
-    AFTER_BACKWARD,
-    DECODED,
-    GRADIENTS,
-    LOGITS,
-    OPTIMIZER,
-    REST,
-    SCALES,
-    STATES,
-    WEIGHTS,
-    Amounts,
-    total_bytes,
-)
+from . import count
 
 
 _FP32_ADAM = 16  # bytes a parameter: weight, gradient and two moments
@@ -89,7 +75,9 @@ class MemoryReport:
         return text_table(cells, left=2)
 
 
-def make_report(peaks: Mapping[Hashable, Amounts], parameters: int, precision_of: Mapping[str, str]) -> MemoryReport:
+def make_report(
+    peaks: Mapping[Hashable, count.Amounts], parameters: int, precision_of: Mapping[str, str]
+) -> MemoryReport:
     """The states as they are between backward and the optimizer's step, and the rest as it is at the peak.
 
     Args:
@@ -97,51 +85,44 @@ def make_report(peaks: Mapping[Hashable, Amounts], parameters: int, precision_of
         parameters: number of the model's.
         precision_of: how the values of each kind are held.
     """
-    states = {kind: amount for kind, amount in peaks[AFTER_BACKWARD].items() if kind in STATES}
-    peak = max(
-        (amounts for event, amounts in peaks.items() if event != AFTER_BACKWARD), key=total_bytes, default=states
-    )
+    states = {kind: amount for kind, amount in peaks[count.AFTER_BACKWARD].items() if kind in count.STATES}
+    counted = (amounts for event, amounts in peaks.items() if event != count.AFTER_BACKWARD)
+    peak = max(counted, key=count.total_bytes, default=states)
     # gradients come as activations go
-    gradients = max(states[GRADIENTS], peak[GRADIENTS])
-    amounts = {**peak, **states, GRADIENTS: gradients}
+    gradients = max(states[count.GRADIENTS], peak[count.GRADIENTS])
+    amounts = {**peak, **states, count.GRADIENTS: gradients}
     rows = [
-        MemoryRow(kind, precision_of[kind], values, size, kind in STATES)
+        MemoryRow(kind, precision_of[kind], values, size, kind in count.STATES)
         for kind, (size, values) in amounts.items()
         if size
     ]
-    return MemoryReport(rows, parameters, gradients[0] - peak[GRADIENTS][0], peak_known=peak is not states)
+    return MemoryReport(rows, parameters, gradients[0] - peak[count.GRADIENTS][0], peak_known=peak is not states)
 
 
 def precisions(
     method: str, optimizer: str = "adamw", bits: int | None = None, dtype: str = "bf16", state_bits: int = 8
 ) -> dict[str, str]:
-    """How the values of each kind are held.
-
-    Args:
-        method: what trains, and on what.
-        optimizer: of a method that has none of its own.
-        bits: of a GPTQ weight.
-        dtype: of what is not quantized.
-        state_bits: of QFT's momentum.
-    """
+    """How the values of each kind are held; `bits` are a GPTQ weight's, `state_bits` those of QFT's momentum."""
     blocks = "int8, fp32 scale a block"
-    weights, scales = {"lora": ("bf16", ""), "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these")}.get(
-        method, (f"GPTQ, {bits} bits", "fp16, zero points, groups")
-    )
-    gradients, states = "fp32", {"adamw": "fp32", "adamw8bit": "8 bits, fp32 scale a block"}[optimizer]
+    weights, scales = {
+        "lora": ("bf16", ""),
+        "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these"),
+        "qft-stack": ("int8", "fp32, outliers"),
+        "qft-fused": ("int8", "fp32, outliers"),
+    }.get(method, (f"GPTQ, {bits} bits", "fp16, zero points, groups"))
+    states = "8 bits, fp32 scale a block" if optimizer == "adamw8bit" else "fp32"
     if method.startswith("qft"):
-        weights, scales = "int8", "fp32, outliers"
-        gradients, states = dtype if method == "qft-fused" else blocks, blocks if state_bits == 8 else "fp32"
+        states = blocks if state_bits == 8 else "fp32"
     return {
-        WEIGHTS: weights,
-        SCALES: scales,
-        REST: dtype,
-        ADAPTER: "fp32",
-        GRADIENTS: gradients,
-        OPTIMIZER: states,
-        ACTIVATIONS: "bf16, fp32",
-        DECODED: dtype,
-        LOGITS: "bf16, fp32, gradients",
+        count.WEIGHTS: weights,
+        count.SCALES: scales,
+        count.REST: dtype,
+        count.ADAPTER: "fp32",
+        count.GRADIENTS: {"qft-stack": blocks, "qft-fused": dtype}.get(method, "fp32"),
+        count.OPTIMIZER: states,
+        count.ACTIVATIONS: "bf16, fp32",
+        count.DECODED: dtype,
+        count.LOGITS: "bf16, fp32, gradients",
     }
 
 

@@ -180,18 +180,7 @@ def planned_subject(
     checkpointing: bool,
     optimizer: str,
 ) -> tuple[Subject, int]:
-    """A config's model under a method, and the number of the model's own parameters.
-
-    Args:
-        config: of the model, a causal language model of text.
-        method: one of `METHODS`.
-        edge: as `Subject` has it.
-        bits: of a packed weight, for PEQA and LREC.
-        group_size: of packed weights, likewise.
-        rank: of LREC, LoRA and QLoRA.
-        checkpointing: whether every block is computed again in backward.
-        optimizer: one of `OPTIMIZERS`; QFT has its own.
-    """
+    """A config's model under a method, and the number of the model's own parameters; arguments as `Estimate`'s."""
     gpu = AsOnAGpu(autocast=not method.startswith("qft"))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights without values

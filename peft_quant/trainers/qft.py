@@ -25,7 +25,7 @@ from ..estimate.report import MemoryReport
 from ..export.card import QFT, README, update_card
 from ..export.int8 import LogitError, export_qft
 from ..files import replaced_files, require_space
-from ..first_step import Int8FirstStep
+from ..first_step import Int8Snapshot
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
 from ..qft.lion import QuantizedLion
@@ -345,7 +345,7 @@ class _TrainerHooks(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.proven = False
-        self.first: Int8FirstStep | None = None
+        self.snapshot: Int8Snapshot | None = None
         self.skipped = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -357,14 +357,14 @@ class _TrainerHooks(TrainerCallback):
         lion = self.trainer._optimizer()
         rates = {id(p): float(group["lr"]) for group in lion.param_groups for p in group["params"]}
         if max(rates.values(), default=0) > 0:
-            self.first = Int8FirstStep(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
+            self.snapshot = Int8Snapshot(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
             self.skipped = lion.skipped_steps
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.first is None or self.trainer._optimizer().skipped_steps > self.skipped:
+        if self.snapshot is None or self.trainer._optimizer().skipped_steps > self.skipped:
             return
-        first, self.first, self.proven = self.first, None, True
-        first.check()
+        snapshot, self.snapshot, self.proven = self.snapshot, None, True
+        snapshot.check()
 
 
 def _check_arguments(trainer: Any) -> None:

@@ -32,6 +32,9 @@ from .page import Evaluation, Sample, TrainingReport, format_seconds, write_trai
 
 REPORT = "training_report.html"
 
+# a process has only a part of the model, and cannot run it alone
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
 
 class ReportCallback(TrainerCallback, ExportableState):
     """Writes a report of training, one HTML file that needs nothing else, at every save and at the end.
@@ -174,7 +177,7 @@ class ReportCallback(TrainerCallback, ExportableState):
     def _answers(self, model: Any, tokenizer: Any) -> dict[str, str]:
         """What the model says to the prompts."""
         answers: dict[str, str] = {}
-        if tokenizer is None or _is_sharded():
+        if tokenizer is None or AcceleratorState().distributed_type in _SHARDED:
             return answers
         with _warn_of_errors("Samples"), _evaluating(model):
             for prompt in self.prompts:
@@ -224,34 +227,21 @@ class ReportCallback(TrainerCallback, ExportableState):
     def _evaluations(
         self, args: TrainingArguments, state: TrainerState, model: Any, log: Sequence[Mapping[str, Any]]
     ) -> list[Evaluation]:
-        last = log
-        if args.load_best_model_at_end and self._started is None and state.best_global_step:
-            last = [entry for entry in last if entry["step"] == state.best_global_step]
+        best = state.best_global_step if args.load_best_model_at_end and self._started is None else None
         before, after = dict(self.before["losses"]), dict[str, float]()
         for entry in log:
             if entry["step"] == 0:
                 before |= facts.losses(entry)
-        for entry in last:
-            if entry["step"] > 0:
+            elif entry["step"] == (best or entry["step"]):
                 after |= facts.losses(entry)
         after |= self._after["losses"]
-        has_perplexity = bool(getattr(model, "can_generate", bool)()) and not args.label_smoothing_factor
         rewards = any("rewards/" in key for entry in log for key in entry)
+        speaks = bool(getattr(model, "can_generate", bool)())
+        has_perplexity = speaks and not args.label_smoothing_factor and not rewards
         return [
-            Evaluation(
-                name.removeprefix("eval").strip("_"), before.get(name), after.get(name), has_perplexity and not rewards
-            )
+            Evaluation(name.removeprefix("eval").strip("_"), before.get(name), after.get(name), has_perplexity)
             for name in dict.fromkeys([*before, *after])
         ]
-
-
-def _is_sharded() -> bool:
-    """Whether a process has only a part of the model, and cannot run it alone."""
-    return AcceleratorState().distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    )
 
 
 @contextmanager
