@@ -103,7 +103,7 @@ def precisions(
     method: str, optimizer: str = "adamw", bits: int | None = None, dtype: str = "bf16", state_bits: int = 8
 ) -> dict[str, str]:
     """How the values of each kind are held; `bits` are a GPTQ weight's, `state_bits` those of QFT's momentum."""
-    blocks = "int8, fp32 scale a block"
+    blocks, mixed = "int8, fp32 scale a block", "fp32" if dtype == "fp32" else f"{dtype}, fp32"
     weights, scales = {
         "lora": ("bf16", ""),
         "qlora": ("NF4", "8 bits for 64, fp32 for 256 of these"),
@@ -120,9 +120,9 @@ def precisions(
         count.ADAPTER: "fp32",
         count.GRADIENTS: {"qft-stack": blocks, "qft-fused": dtype}.get(method, "fp32"),
         count.OPTIMIZER: states,
-        count.ACTIVATIONS: "bf16, fp32",
+        count.ACTIVATIONS: mixed,
         count.DECODED: dtype,
-        count.LOGITS: "bf16, fp32, gradients",
+        count.LOGITS: f"{mixed}, gradients",
     }
 
 
