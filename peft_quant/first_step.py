@@ -1,12 +1,32 @@
-"""What every proof that training trains is made of."""
+"""Proof that training trains: what a method claims to train moves at the first optimizer step, and nothing else does.
+
+For adapters, PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the
+first step that has a learning rate above zero, involves any of its parameters and has a gradient, and let go. Weights
+in int8 may be updated within backward already: their trainer takes an `Int8Snapshot` before all of it.
+"""
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 
 _SAMPLES = 1024
+_STEPS_WITHOUT_GRADIENT = 10  # after so many, it is not a batch but the data
+_SURE = 20  # so many values that should move, at random, stay all where they are once in e ** 20 runs
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class TrainingError(RuntimeError):
@@ -20,18 +40,178 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
-def require_unchanged(frozen: dict[str, tuple[torch.Tensor, int]], way_out: str) -> None:
-    """Check that no frozen tensor was written to.
+class _Snapshot:
+    """Tensors right before a step: versions of frozen ones, and samples of those that should move, by their kind."""
+
+    def __init__(self, *kinds: str) -> None:
+        self.frozen: dict[str, tuple[torch.Tensor, int]] = {}
+        self.trained: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {kind: [] for kind in kinds}
+
+    def freeze(self, name: str, tensor: torch.Tensor) -> None:
+        self.frozen[name] = tensor, tensor._version
+
+    def require_frozen(self, way_out: str) -> None:
+        changed = [name for name, (tensor, version) in self.frozen.items() if tensor._version != version]
+        if changed:
+            raise TrainingError(
+                f"The optimizer changed {len(changed)} tensors that are frozen, first {changed[0]}. {way_out}"
+            )
+
+    def require_moved(self, kind: str, way_out: str) -> None:
+        tensors = self.trained[kind]
+        # a process may hold no row of any sharded tensor
+        has_values = any(before.numel() for _, before in tensors)
+        if has_values and all(torch.equal(sample(tensor), before) for tensor, before in tensors):
+            raise TrainingError(
+                f"After the first optimizer step none of the {len(tensors)} {kind} tensors has moved{way_out}"
+            )
+
+
+class _AdapterSnapshot(_Snapshot):
+    """An adapted model right before a step.
+
+    Attributes:
+        without_gradient: whether there are gradients and all are zero, as of a batch without labels.
+    """
+
+    def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+        super().__init__("adapter")
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, layer_class)}
+        moving = tuple(f"{name}.{attribute}." for name, layer in layers.items() for attribute in layer.first_to_move)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                self.freeze(name, parameter)
+            elif name.startswith(moving):
+                self.trained["adapter"].append((parameter, sample(parameter)))
+        for name, layer in layers.items():
+            for buffer_name, buffer in layer.get_base_layer().named_buffers():
+                self.freeze(f"{name}.{buffer_name}", buffer)
+        gradients = [tensor.grad for tensor, _ in self.trained["adapter"] if tensor.grad is not None]
+        self.without_gradient = bool(gradients) and not any(gradient.any() for gradient in gradients)
+
+    def check(self) -> None:
+        self.require_frozen("Give it only the parameters with `requires_grad`, after `get_peft_model`.")
+        if self.without_gradient:
+            raise TrainingError(
+                f"The gradients of all {len(self.trained['adapter'])} adapter tensors were zero in each of the first "
+                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, or every "
+                "sequence has one token. Check the data set and its collator."
+            )
+        self.require_moved(
+            "adapter",
+            ". Build the optimizer after `get_peft_model`, and check that gradients reach the adapter and are not "
+            "zero.",
+        )
+
+
+class _Proof:
+    def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
+        self.layer_class = layer_class
+        self.snapshot: _AdapterSnapshot | None = None
+        self.without_gradient = 0
+
+
+_under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []  # never removed: PyTorch iterates over the hooks of all models while it calls them
+
+
+def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
+    """Check the first optimizer step that is taken on a model's adapters, of whichever optimizer. Idempotent.
 
     Args:
-        frozen: tensors with the versions they had before the step, by name.
-        way_out: what to do about it.
+        model: the model whose tuner layers are of `layer_class`.
+        layer_class: the tuner layers; the adapter parameters in their `first_to_move` are what should move.
 
-    Raises:
-        TrainingError: one was.
+    Raises (from `Optimizer.step`):
+        TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
     """
-    changed = [name for name, (tensor, version) in frozen.items() if tensor._version != version]
-    if changed:
-        raise TrainingError(
-            f"The optimizer changed {len(changed)} tensors that are frozen, first {changed[0]}. {way_out}"
-        )
+    if model not in _under_proof:
+        _under_proof[model] = _Proof(layer_class)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler, whose fused step then does nothing
+    if overflow:
+        return
+    for model, proof in list(_under_proof.items()):
+        if _involves(optimizer, model):
+            proof.snapshot = _AdapterSnapshot(model, proof.layer_class)
+
+
+def _after_step(*_: Any) -> None:
+    for model, proof in list(_under_proof.items()):
+        snapshot, proof.snapshot = proof.snapshot, None
+        if snapshot is None or not snapshot.trained["adapter"]:
+            continue
+        proof.without_gradient += snapshot.without_gradient
+        if snapshot.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
+            if proof.without_gradient == 1:
+                warnings.warn(
+                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is "
+                    "ignored, or every sequence has one token.",
+                    stacklevel=2,
+                )
+            continue
+        del _under_proof[model]
+        snapshot.check()
+
+
+def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer holds a parameter of the model in a group whose learning rate is above zero."""
+    updated = {id(p) for group in optimizer.param_groups if float(group.get("lr", 1)) > 0 for p in group["params"]}
+    return any(id(parameter) in updated for parameter in model.parameters())
+
+
+class Int8Snapshot(_Snapshot):
+    """A model with int8 weights right before a step of Lion.
+
+    Args:
+        model: the model.
+        learning_rates: of the trained parameters, by `id`.
+        stochastic: whether weights are rounded stochastically. Otherwise an update below half a step moves nothing,
+            and is not expected to.
+    """
+
+    def __init__(self, model: nn.Module, learning_rates: Mapping[int, float], stochastic: bool) -> None:
+        super().__init__("trained int8", "trained float")
+        self.expected = dict.fromkeys(self.trained, 0.0)
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # rows without a gradient
+        for name, parameter in model.named_parameters():
+            kind = "trained int8" if hasattr(parameter, "codes") else "trained float"
+            stored = getattr(parameter, "codes", parameter)
+            if not parameter.requires_grad:
+                self.freeze(name, stored)
+            elif id(parameter) in learning_rates and id(parameter) not in looked_up:
+                before = sample(stored)
+                self.trained[kind].append((stored, before))
+                moving = _moving_share(parameter, learning_rates[id(parameter)], stochastic)
+                self.expected[kind] += moving * before.numel()
+
+    def check(self) -> None:
+        """Check the model right after the step.
+
+        Raises:
+            TrainingError: no int8 weight or no float parameter moved, although many should have; or a frozen one did.
+        """
+        self.require_frozen("Only parameters with `requires_grad` belong into the optimizer.")
+        for kind, expected in self.expected.items():
+            if expected >= _SURE:
+                self.require_moved(
+                    kind,
+                    f", where about {expected:.0f} of the values looked at should have. Check that gradients reach "
+                    "the weights and are not zero, as where every label is -100, which is ignored, or every sequence "
+                    "has one token.",
+                )
+
+
+def _moving_share(parameter: Any, learning_rate: float, stochastic: bool) -> float:
+    """Share of a parameter's values that a step of Lion moves to another representable value."""
+    if hasattr(parameter, "codes"):
+        distance = parameter.scales[:, 0].abs()
+    else:
+        distance = sample(parameter).float().abs() * torch.finfo(parameter.dtype).eps
+    steps = learning_rate / distance.clamp(min=_TINY)
+    return float(steps.clamp(max=1).mean() if stochastic else (steps > 1).float().mean())

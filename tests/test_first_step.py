@@ -6,7 +6,7 @@ from gptq_models import PlainMLP
 from peft import get_peft_model
 
 from peft_quant import LRECConfig, PEQAConfig, TrainingError
-from peft_quant.tuners.proof import _under_proof
+from peft_quant.first_step import _under_proof
 
 
 @pytest.fixture

@@ -27,9 +27,11 @@ ours = torch.ops.peft_quant
 WEIGHTS, SCALES, REST, ADAPTER, OPTIMIZER = "weights", "scales", "rest of the model", "adapter", "optimizer"
 GRADIENTS, ACTIVATIONS, DECODED, LOGITS = "gradients", "activations", "decoded weights", "logits"
 KINDS = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, DECODED, LOGITS)
+STATES = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER)
+AFTER_BACKWARD = "after backward"
 
 _ALLOCATION = 512  # bytes; PyTorch's CUDA allocator rounds up to a multiple
-_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # of the gradient of scales, in `ops/triton.py`
+_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # of the gradient of scales, in `ops/packed/triton.py`
 
 Amounts = dict[str, tuple[int, int]]
 """Bytes and values of each kind."""
@@ -69,7 +71,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-class _Look(NamedTuple):
+class _TensorSpec(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -79,14 +81,14 @@ class _Look(NamedTuple):
 def _signature(value: Any) -> Any:
     """What decides about the shapes of results; types too, for `1 == 1.0 == True`."""
     if isinstance(value, torch.Tensor):
-        return _Look(value.shape, value.stride(), value.dtype, value.device)
+        return _TensorSpec(value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_signature, value))
     return value if value is None else (type(value), value)
 
 
 def _like(signature: Any) -> Any:
-    if isinstance(signature, _Look):
+    if isinstance(signature, _TensorSpec):
         return torch.empty_strided(signature.shape, signature.stride, dtype=signature.dtype, device=signature.device)
     if isinstance(signature, tuple) and not isinstance(signature[0], type):
         return tuple(map(_like, signature))
@@ -242,6 +244,8 @@ class AsOnAGpu(TorchFunctionMode):
     def cast(self, value: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
+        if isinstance(value, Int8Weight):  # decodes in the dtype of what it is multiplied by
+            return value
         if not (self._caching and isinstance(value, torch.nn.Parameter) and value.requires_grad):
             return value.to(dtype)
         if value not in self._casts:
@@ -340,7 +344,7 @@ def _int8_linear_grad_x(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
     return dy @ ours.decode_weight(*weight, dy.dtype)
 
 
-# what `ops/triton.py` and `ops/int8_triton.py` do
+# what `ops/packed/triton.py` and `ops/int8/triton.py` do
 _AS_ON_A_GPU = {
     ours.linear.default: _linear,
     ours.linear_grad_x.default: _linear_grad_x,

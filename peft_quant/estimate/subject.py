@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Set
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,85 +21,75 @@ from ..qft.policy import int8_modules
 from ..tuners.layer import AdaptedLinear
 from ..tuners.lrec import LRECConfig
 from ..tuners.peqa import PEQAConfig
-from .count import ADAPTER, GRADIENTS, OPTIMIZER, REST, SCALES, WEIGHTS, Amounts, AsOnAGpu, LiveTensors, Shapes
+from .count import (
+    ADAPTER,
+    AFTER_BACKWARD,
+    GRADIENTS,
+    OPTIMIZER,
+    REST,
+    SCALES,
+    WEIGHTS,
+    Amounts,
+    AsOnAGpu,
+    LiveTensors,
+    Shapes,
+)
 from .layers import NF4Linear, PackedLinear, QLoraLinear, int8_weight
 
 
 METHODS = ("peqa", "lrec", "qft-stack", "qft-fused", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw8bit")
-AFTER_BACKWARD = "after backward"
 _SMALLEST_IN_8_BITS = 4096
 
 
 class Subject:
-    """A model under a method.
+    """A model without values, and what trains it.
 
     Args:
-        config: of the model, a causal language model of text.
-        method: one of `METHODS`.
+        model: on the meta device.
+        gpu: the mode it runs in.
+        vocabulary: how wide its logits are.
+        optimizer: a `QuantizedLion` of the model's parameters, or one of `OPTIMIZERS`.
+        weights: the `id` of each weight that counts as one although it is a float.
         edge: how many of the first and of the last decoder blocks are told apart from those between them.
-        bits: of a packed weight, for PEQA and LREC.
-        group_size: of packed weights, likewise.
-        rank: of LREC, LoRA and QLoRA.
-        checkpointing: whether every block is computed again in backward.
-        optimizer: one of `OPTIMIZERS`; QFT has its own.
-
-    Attributes:
-        parameters: number of the model's own.
     """
 
     def __init__(
         self,
-        config: PretrainedConfig,
-        method: str,
-        edge: int,
-        *,
-        bits: int,
-        group_size: int,
-        rank: int,
-        checkpointing: bool,
-        optimizer: str,
+        model: nn.Module,
+        gpu: AsOnAGpu,
+        vocabulary: int,
+        optimizer: QuantizedLion | str,
+        weights: Set[int] = frozenset(),
+        edge: int = sys.maxsize,
     ) -> None:
-        self._edge, self._vocabulary = edge, config.vocab_size
-        self._gpu = AsOnAGpu(autocast=not method.startswith("qft"))
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights without values
-            model = _float_model(config)
-            self.parameters = sum(p.numel() for p in model.parameters())
-            blocks: list[nn.Module] = [
-                module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-            ]
-            _check(model, blocks, config.num_hidden_layers)
-            if checkpointing:
-                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-                options["context_fn"] = lambda: (nullcontext(), self._gpu)
-                model.gradient_checkpointing_enable(options)
-            layers = _linear_layers(model, blocks)
-            self._weights = {id(layer.weight) for layer in layers.values()}
-            self._model = _adapt(model, layers, method, bits, group_size, rank).train()
+        self._model, self._gpu, self._vocabulary = model.train(), gpu, vocabulary
+        self._weights, self._edge = weights, edge
         self._shapes = Shapes()
         self._live: LiveTensors | None = None
-        self._watch(blocks)
-        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._watch(blocks_of_model(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
         self._lion = None
-        if method.startswith("qft"):
-            self._lion = QuantizedLion(trained, fused=method == "qft-fused")
-            self._states = [t for p in trained for t in self._lion._state(p).values()]
+        if isinstance(optimizer, QuantizedLion):
+            self._lion = optimizer
+            self._states = [t for p in trained for t in optimizer._state(p).values()]
         else:
             self._states = [state for p in trained for state in _adam_states(p, optimizer)]
 
-    def train(self, batch: int, sequence: int) -> dict[Hashable, Amounts]:
+    def train(self, inputs: Mapping[str, torch.Tensor]) -> dict[Hashable, Amounts]:
         """Count a training step after the first one: forward, backward and optimizer.
+
+        Args:
+            inputs: of the model, on the meta device; `input_ids` `[B, L]` among them.
 
         Returns:
             The amounts at the peak of each stretch of the step, and what there is between backward and optimizer.
         """
-        self._live = live = LiveTensors(batch * sequence, self._vocabulary, self._shapes)
+        self._live = live = LiveTensors(inputs["input_ids"].numel(), self._vocabulary, self._shapes)
         self._hold(live)
-        tokens = torch.empty(batch, sequence, dtype=torch.long, device="meta")
         with live:
             with self._gpu.forward():
-                loss = self._model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss = self._model(**inputs, use_cache=False).loss
             live.mark(["forward"])
             torch.autograd.backward(loss)
             del loss
@@ -112,6 +103,18 @@ class Subject:
             live.mark(["step"])
         self._live = None
         return live.peaks
+
+    def states(self) -> dict[Hashable, Amounts]:
+        """Count what QFT holds between backward and the optimizer's step, without a step."""
+        live = LiveTensors(0, self._vocabulary, self._shapes)
+        self._hold(live)
+        with live:
+            if self._lion is not None and not self._lion.fused:
+                for parameter in self._model.parameters():
+                    if parameter.requires_grad:
+                        gradient = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                        self._lion.gradients.push(parameter, gradient)
+            return {AFTER_BACKWARD: live.amounts()}
 
     def _hold(self, live: LiveTensors) -> None:
         for parameter in self._model.parameters():
@@ -164,6 +167,52 @@ class Subject:
                 self._live.mark(events)
 
         return end
+
+
+def planned_subject(
+    config: PretrainedConfig,
+    method: str,
+    edge: int,
+    *,
+    bits: int,
+    group_size: int,
+    rank: int,
+    checkpointing: bool,
+    optimizer: str,
+) -> tuple[Subject, int]:
+    """A config's model under a method, and the number of the model's own parameters; arguments as `Estimate`'s."""
+    gpu = AsOnAGpu(autocast=not method.startswith("qft"))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights without values
+        model = _float_model(config)
+        parameters = sum(p.numel() for p in model.parameters())
+        blocks = blocks_of_model(model)
+        _check(model, blocks, config.num_hidden_layers)
+        if checkpointing:
+            enable_checkpointing(model, gpu)
+        layers = _linear_layers(model, blocks)
+        weights = {id(layer.weight) for layer in layers.values()}
+        model = _adapt(model, layers, method, bits, group_size, rank)
+    trains: Any = optimizer
+    if method.startswith("qft"):
+        trains = QuantizedLion(model.parameters(), fused=method == "qft-fused")
+    return Subject(model, gpu, config.vocab_size, trains, weights, edge), parameters
+
+
+def text_batch(batch: int, sequence: int) -> dict[str, torch.Tensor]:
+    """So many sequences of so many tokens each, and their labels."""
+    tokens = torch.empty(batch, sequence, dtype=torch.long, device="meta")
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def blocks_of_model(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def enable_checkpointing(model: Any, gpu: AsOnAGpu) -> None:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options["context_fn"] = lambda: (nullcontext(), gpu)
+    model.gradient_checkpointing_enable(options)
 
 
 def _float_model(config: PretrainedConfig) -> Any:

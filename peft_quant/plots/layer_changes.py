@@ -5,22 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from ..inspection import LayerChange
 from .heat_map import Panel, heat_map
-
-
-class LayerChange(Protocol):
-    """The change of one layer: its size, and as a share of the base if that is known; the rank of low-rank ones."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def absolute(self) -> float: ...
-    @property
-    def relative(self) -> float | None: ...
-    @property
-    def rank(self) -> int | None: ...
 
 
 def plot_layer_changes(

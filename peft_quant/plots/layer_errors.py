@@ -1,34 +1,22 @@
-"""Errors of a model's layers before and after a repair, as a picture."""
+"""Errors of a model's layers before and after LREC's initialization, as a picture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from .heat_map import Panel, heat_map
 
 
+if TYPE_CHECKING:
+    from ..tuners.lrec.initialization.initialize import LayerInitialization
+
 _KINDS = {"weight": "weight error", "activation": "output error, held-out tokens"}
 
 
-class LayerErrors(Protocol):
-    """Relative errors of one layer; None where they are not known."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight_error_before(self) -> float: ...
-    @property
-    def weight_error_after(self) -> float: ...
-    @property
-    def activation_error_before(self) -> float | None: ...
-    @property
-    def activation_error_after(self) -> float | None: ...
-
-
-def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str]) -> Path:
+def plot_layer_errors(report: Iterable[LayerInitialization], path: str | os.PathLike[str]) -> Path:
     """Draw the errors of all layers before and after, a row for every block and a column for every module in it.
 
     Args:
@@ -54,5 +42,5 @@ def plot_layer_errors(report: Iterable[LayerErrors], path: str | os.PathLike[str
     return Path(path)
 
 
-def _values(rows: Iterable[LayerErrors], error: str) -> dict[str, float]:
+def _values(rows: Iterable[LayerInitialization], error: str) -> dict[str, float]:
     return {row.name: getattr(row, error) for row in rows if getattr(row, error) is not None}

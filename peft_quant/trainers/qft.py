@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -18,21 +19,26 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
+from .. import ops
+from ..estimate import estimate_qft
 from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
 from ..files import replaced_files, require_space
+from ..first_step import Int8Snapshot
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
 from ..qft.lion import QuantizedLion
 from ..qft.weight import Int8Weight
 from .interrupt import last_complete_checkpoint
-from .memory import planned_memory
-from .qft_first_step import FirstStep
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    _Base = Trainer
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +123,7 @@ class QFTArguments(TrainingArguments):
             )
 
 
-class QFTMixin:
+class QFTMixin(_Base):
     """Makes a trainer derived from transformers' train in int8: put it before that trainer, as in
     `class QFTSFTTrainer(QFTMixin, SFTTrainer)`, with arguments of `class Config(SFTConfig, QFTArguments)`.
 
@@ -125,6 +131,7 @@ class QFTMixin:
     """
 
     args: Any  # QFTArguments
+    model: Any
     memory_report: MemoryReport
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -136,21 +143,19 @@ class QFTMixin:
                     "leave it out, and choose a scheduler by lr_scheduler_type."
                 )
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        _check_arguments(trainer)
-        _check_model(trainer.model)
+        _check_arguments(self)
+        _check_model(self.model)
         self._lion: QuantizedLion | None = None
-        trainer.add_callback(_Watch(self))
+        self.add_callback(_TrainerHooks(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        trainer: Any = self
-        if trainer.optimizer is None:
-            self._lion = trainer.optimizer = self._make_lion(trainer.model if model is None else model)
-        return trainer.optimizer
+        if self.optimizer is None:
+            self._lion = self.optimizer = self._make_lion(self.model if model is None else model)
+        return self.optimizer
 
     def _make_lion(self, model: nn.Module) -> QuantizedLion:
-        args, trainer = self.args, self  # type: Any, Any
-        decayed = set(trainer.get_decay_parameter_names(model))
+        args = self.args
+        decayed = set(self.get_decay_parameter_names(model))
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
@@ -169,7 +174,6 @@ class QFTMixin:
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        trainer: Any = super()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -177,7 +181,7 @@ class QFTMixin:
                     f"No complete checkpoint found in {self.args.output_dir}: train without resume_from_checkpoint."
                 )
         try:
-            return trainer.train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._lion is not None:
                 self._lion.gradients.detach()
@@ -196,49 +200,44 @@ class QFTMixin:
         return self._lion
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        trainer: Any = super()
         if "loss" in logs and self._lion is not None:
             logs["skipped_steps"] = self._lion.skipped_steps
-        trainer.log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        trainer: Any = super()
         directory = Path(output_dir or self.args.output_dir)
         with replaced_files(directory, stale="model*.safetensors*") as unfinished:
-            trainer._save(os.fspath(unfinished), state_dict)
+            super()._save(os.fspath(unfinished), state_dict)
             with best_effort(directory):
                 self._write_card(unfinished, [Card.read(directory)])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        trainer: Any = super()
         directory = Path(self.args.output_dir)
         earlier = []
         with best_effort(directory):
             earlier.append(Card.read(directory))
-        trainer.create_model_card(*args, **kwargs)
+        super().create_model_card(*args, **kwargs)
         if (directory / "config.json").is_file():
             with best_effort(directory):
                 self._write_card(directory, [*earlier, Card.read(directory)])
 
     def _write_card(self, directory: Path, earlier: list[Card]) -> None:
-        trainer: Any = self
         names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
         settings = {
-            **extract_hyperparameters_from_trainer(trainer),
+            **extract_hyperparameters_from_trainer(self),
             "optimizer": f"QuantizedLion, betas {self.args.lion_beta1}, {self.args.lion_beta2}",
             **{name: getattr(self.args, name) for name in names},
         }
         facts = {"method": QFT, "settings": settings}
-        update_card(directory, earlier, [trainer.model.config._name_or_path], trainer.hub_model_id, facts)
+        update_card(directory, earlier, [self.model.config._name_or_path], self.hub_model_id, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trainer: Any = self
-        _load_weights(model or trainer.model, resume_from_checkpoint)
+        _load_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        trainer: Any = self
-        logger.info("Loading the best model, %s", trainer.state.best_model_checkpoint)
-        _load_weights(trainer.model, trainer.state.best_model_checkpoint)
+        best: Any = self.state.best_model_checkpoint
+        logger.info("Loading the best model, %s", best)
+        _load_weights(self.model, best)
 
     def export(
         self, output_dir: str | os.PathLike[str], format: Literal["bf16", "gptq"] = "bf16"
@@ -249,30 +248,26 @@ class QFTMixin:
 
         Args and errors: as [`export_qft`].
         """
-        trainer: Any = self
-        dataset = trainer.eval_dataset
+        dataset = self.eval_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        loader = trainer.get_train_dataloader() if dataset is None else trainer.get_eval_dataloader(dataset)
-        inputs = trainer._prepare_inputs(next(iter(loader)))
-        error = export_qft(trainer.model, output_dir, format, inputs=inputs, tokenizer=trainer.processing_class)
+        loader = self.get_train_dataloader() if dataset is None else self.get_eval_dataloader(dataset)
+        inputs = self._prepare_inputs(next(iter(loader)))
+        error = export_qft(self.model, output_dir, format, inputs=inputs, tokenizer=self.processing_class)
         if error is not None:
-            trainer.log({f"{format}_logit_error_{name}": value for name, value in asdict(error).items()})
+            self.log({f"{format}_logit_error_{name}": value for name, value in asdict(error).items()})
         return error
 
     def _begin(self) -> None:
         """What is known and can go wrong before the first step."""
-        trainer: Any = self
         lion = self._optimizer()
         lion.gradients.detach()  # with what an interrupted step left
         for group in lion.param_groups:
             lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
-        self.memory_report = planned_memory(trainer.model, self.args, trainer.train_dataset)
+        self.memory_report = memory_of_step(self.model, self.args, self.train_dataset)
         logger.info("Trained in int8:\n%s", self.memory_report)
-        _warn_of_small_steps(
-            trainer.model, self.args, trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)
-        )
-        if self.args.should_save and trainer.state.global_step == 0:
+        _warn_of_small_steps(self.model, self.args, self.state.max_steps / max(self.state.num_train_epochs, 1))
+        if self.args.should_save and self.state.global_step == 0:
             self._try_to_save()
 
     def _try_to_save(self) -> None:
@@ -283,30 +278,28 @@ class QFTMixin:
             OSError: there is no room for a whole one.
             RuntimeError: writing or reading it failed.
         """
-        trainer: Any = self
-        parent: Any = super()
         output = Path(self.args.output_dir)
         way_out = "Make room, choose another output_dir, or set save_only_model=True, which saves no momentum"
-        needed = _checkpoint_bytes(self.memory_report, self.args.save_only_model)
+        needed = _checkpoint_bytes(self.model, self.args)
         require_space(output, needed, "A checkpoint", way_out)
         with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
             try:
-                with first_rows_only(trainer.model):
-                    parent._save(directory)
+                with first_rows_only(self.model):
+                    super()._save(directory)
                 if not self.args.save_only_model:
-                    trainer._save_optimizer_and_scheduler(directory)
-                    trainer._save_rng_state(directory)
-                trainer.state.save_to_json(os.fspath(Path(directory, _STATE)))
+                    self._save_optimizer_and_scheduler(directory)
+                    self._save_rng_state(directory)
+                self.state.save_to_json(os.fspath(Path(directory, _STATE)))
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
                 ) from error
             try:
-                require_readable(trainer.model, Path(directory))
+                require_readable(self.model, Path(directory))
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be read back, tried before the first step: {error}. "
-                    f"`from_pretrained` makes a {type(trainer.model).__name__} of its config alone: build the model "
+                    f"`from_pretrained` makes a {type(self.model).__name__} of its config alone: build the model "
                     "from a config that says all that it has, or undo what was changed in it."
                 ) from error
 
@@ -346,13 +339,13 @@ class QFTTrainer(QFTMixin, Trainer):
     """
 
 
-class _Watch(TrainerCallback):
+class _TrainerHooks(TrainerCallback):
     """Calls the trainer where transformers has a callback and no method."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.proven = False
-        self.first: FirstStep | None = None
+        self.snapshot: Int8Snapshot | None = None
         self.skipped = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -364,14 +357,14 @@ class _Watch(TrainerCallback):
         lion = self.trainer._optimizer()
         rates = {id(p): float(group["lr"]) for group in lion.param_groups for p in group["params"]}
         if max(rates.values(), default=0) > 0:
-            self.first = FirstStep(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
+            self.snapshot = Int8Snapshot(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
             self.skipped = lion.skipped_steps
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.first is None or self.trainer._optimizer().skipped_steps > self.skipped:
+        if self.snapshot is None or self.trainer._optimizer().skipped_steps > self.skipped:
             return
-        first, self.first, self.proven = self.first, None, True
-        first.check()
+        snapshot, self.snapshot, self.proven = self.snapshot, None, True
+        snapshot.check()
 
 
 def _check_arguments(trainer: Any) -> None:
@@ -451,6 +444,38 @@ def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> 
         )
 
 
-def _checkpoint_bytes(report: MemoryReport, only_model: bool) -> int:
-    kept = [row for row in report.rows if row.state and row.what != "gradients"]
-    return sum(row.bytes for row in kept if not (only_model and row.what in ("momentum", "rounding errors")))
+def _checkpoint_bytes(model: nn.Module, args: QFTArguments) -> int:
+    weights = sum(p.bytes_held if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
+    if args.save_only_model:
+        return weights
+    trained = [p for p in model.parameters() if p.requires_grad]
+    momentum = sum(p.numel() * args.state_bits // 8 + 4 * ops.blocks_of(p.numel()) for p in trained)
+    rounding_errors = sum(p.numel() for p in trained if isinstance(p, Int8Weight))
+    return weights + momentum + (rounding_errors if args.rounding == "error_feedback" else 0)
+
+
+def memory_of_step(model: Any, args: Any, dataset: Any) -> MemoryReport:
+    """What a step by [`QFTArguments`] holds, with batches as the first sample of the training data shows them."""
+    return estimate_qft(
+        model,
+        _first_batch(model, dataset, args.per_device_train_batch_size),
+        fused=args.fused,
+        state_bits=args.state_bits,
+        rounding=args.rounding,
+        checkpointing=args.gradient_checkpointing,
+        autocast=args.bf16,
+    )
+
+
+def _first_batch(model: Any, dataset: Any, size: int) -> dict[str, torch.Tensor] | None:
+    """The shapes of a model's inputs, as far as the first sample shows them."""
+    if not hasattr(dataset, "__getitem__") or not len(dataset):
+        return None
+    known = inspect.signature(type(model).forward).parameters
+    try:
+        sample = {name: torch.as_tensor(value) for name, value in dataset[0].items() if name in known}
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # the collator knows what to make of it
+        return None
+    if "labels" in known and "input_ids" in sample:
+        sample.setdefault("labels", sample["input_ids"])
+    return {name: torch.empty(size, *t.shape, dtype=t.dtype, device="meta") for name, t in sample.items()}

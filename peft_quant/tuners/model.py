@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import gptq
+from ..first_step import prove_first_step
 from ..gptq.base_record import Layers, describe_base, digests, require_base
 from ..gptq.dtypes import Apply, activation_dtype, warn_of_cast_scales, without_cast
 from ..gptq.fingerprint import fingerprint
@@ -24,7 +25,6 @@ from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..registry import ask_for_weight
 from .layer import AdaptedLinear
-from .proof import prove_first_step
 from .recorded_base import RecordedBase, copy_without_record, shared_config
 
 

@@ -22,9 +22,8 @@ from transformers import (
 
 from peft_quant import Int8Weight, LRECConfig, PEQAConfig, QuantizedLion, estimate_memory
 from peft_quant.estimate import METHODS, Estimate, read_config
-from peft_quant.estimate.subject import Subject
+from peft_quant.estimate.subject import planned_subject
 from peft_quant.gptq import is_packed
-from peft_quant.trainers.memory import memory_report
 
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
@@ -90,9 +89,8 @@ def test_states_of_int8(method, input_ids):
     stack = found.get("gradients", 0)
     # at the peak the last of them can be there in bf16 as well
     assert held(gradients) <= stack <= held(gradients) + model.lm_head.weight.nbytes
-    counted = {row.what: row.values for row in memory_report(model, fused=method == "qft-fused").rows}
-    assert {row.what: row.values for row in report.rows}["weights"] == counted["weights"]
-    assert report.parameters == memory_report(model).parameters
+    assert {row.what: row.values for row in report.rows}["weights"] == sum(w.numel() for w in weights)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_states_of_lora(input_ids):
@@ -164,21 +162,19 @@ def test_further_layers_add_what_is_said(name, method, checkpointing):
     """The estimate of some layers is the count of all of them, to the byte; and so is a second count."""
     estimate = Estimate(ARCHITECTURES[name], method, checkpointing=checkpointing, **OPTIONS)
     whole = Estimate(ARCHITECTURES[name], method, checkpointing=checkpointing, **OPTIONS)
-    whole._subjects = [
-        Subject(
-            read_config_again(ARCHITECTURES[name]),
-            method,
-            99,
-            bits=4,
-            group_size=32,
-            rank=16,
-            checkpointing=checkpointing,
-            optimizer="adamw",
-        )
-    ]
+    subject, whole._parameters = planned_subject(
+        read_config_again(ARCHITECTURES[name]),
+        method,
+        99,
+        bits=4,
+        group_size=32,
+        rank=16,
+        checkpointing=checkpointing,
+        optimizer="adamw",
+    )
+    whole._subjects = [subject]
     assert estimate._further > 0
     whole._further = 0
-    whole._parameters = whole._subjects[0].parameters
     assert estimate.report(2) == whole.report(2)
     whole._counted.clear()
     assert estimate.report(2) == whole.report(2)

@@ -36,3 +36,9 @@ def test_rows_that_come_and_go():
     assert report.total == REPORT.total - 500_000
     assert str(report).splitlines()[5].split() == ["not", "at", "the", "peak", "-0.5"]
     assert str(report).splitlines()[6].endswith("3.5")
+
+
+def test_a_peak_that_is_not_known():
+    report = replace(REPORT, rows=REPORT.rows[:2], peak_known=False)
+    assert report.total == report.states
+    assert str(report).splitlines()[4].endswith("not estimated")

@@ -24,6 +24,7 @@ from peft_quant import (
     QFTTrainer,
     QuantizedLion,
     TrainingError,
+    estimate_memory,
     quantize_model,
 )
 from peft_quant.qft.dry_run import first_rows_only, require_readable
@@ -32,6 +33,11 @@ from peft_quant.trainers.qft import _check_arguments
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2}
 FUSED = {"fused": True, "max_grad_norm": 0.0}
+
+
+def allocated(tensors):
+    """Bytes that PyTorch's allocator gives out on a GPU."""
+    return sum(-(-tensor.nbytes // 512) * 512 for tensor in tensors)
 
 
 def losses(run):
@@ -346,24 +352,33 @@ class TestReport:
 
         class Look(TrainerCallback):
             def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                held["gradients"] = run._lion.gradients.bytes_held
+                entries = run._lion.gradients._entries.values()
+                held["gradients"] = allocated(tensor for entry in entries for tensor in (entry.codes, entry.scales))
 
         run = trainer(tmp_path, trainer_options={"callbacks": [Look()]}, **settings)
-        with caplog.at_level(logging.INFO, "peft_quant.qft"):
+        with caplog.at_level(logging.INFO, "peft_quant.trainers.qft"):
             run.train()
         rows = {row.what: row for row in run.memory_report.rows}
         parameters = list(run.model.parameters())
         int8 = [p for p in parameters if isinstance(p, Int8Weight)]
         floats = [p for p in parameters if not isinstance(p, Int8Weight)]
-        states = run._lion.state.values()
-        size = lambda names: sum(s[n].nbytes for s in states for n in names if n in s)  # noqa: E731
-        assert rows["weights"].bytes + rows["outliers"].bytes == sum(p.bytes_held for p in int8)
-        assert rows["float parameters"].bytes == sum(p.nbytes for p in floats)
-        assert (rows["gradients"].bytes if "gradients" in rows else 0) == held["gradients"]
-        assert rows["momentum"].bytes == size(["momentum", "momentum_scales"])
-        assert (rows["rounding errors"].bytes if "rounding errors" in rows else 0) == size(["residual"])
+        states = [tensor for state in run._lion.state.values() for tensor in state.values()]
+        assert rows["weights"].bytes == allocated(p.codes for p in int8)
+        assert rows["scales"].bytes == allocated(t for p in int8 for name, t in p.parts.items() if name != "codes")
+        assert rows["rest of the model"].bytes == allocated([*floats, *run.model.buffers()])
+        assert rows["optimizer"].bytes == allocated(states)
+        if settings != FUSED:
+            # the last one may be there in float as well
+            assert 0 <= rows["gradients"].bytes - held["gradients"] <= max(p.nbytes for p in parameters)
         assert str(run.memory_report) in caplog.text
         assert "of fp32 AdamW" in caplog.text
+
+    def test_is_the_estimate_of_the_config(self, tmp_path):
+        model = quantize_model(float_llama().bfloat16())
+        run = trainer(tmp_path, model, gradient_checkpointing=True, max_steps=1)
+        run.train()
+        batch, sequence = run.args.per_device_train_batch_size, len(run.train_dataset[0]["input_ids"])
+        assert run.memory_report == estimate_memory(model.config, "qft-stack", batch=batch, sequence=sequence)
 
     @pytest.mark.parametrize(("rounding", "rate"), (("stochastic", 1e-9), ("nearest", 1e-5)))
     def test_a_learning_rate_that_moves_nothing(self, tmp_path, rounding, rate):

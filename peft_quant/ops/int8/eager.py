@@ -204,6 +204,8 @@ def int8_linear_grad_x(
 def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
     """Residuals for error feedback to begin with, uniform, so that codes are as ready to move as later on."""
     residual = torch.empty_like(codes)
+    if codes.is_meta:
+        return residual
     for run, _ in _runs(codes.numel()):
         words = random_words(run.start, run.stop, key, codes.device)
         residual.view(-1)[run] = (words >> 24).clamp_(min=-LARGEST).to(torch.int8)
