@@ -29,7 +29,7 @@ GRADIENTS, ACTIVATIONS, DECODED, LOGITS = "gradients", "activations", "decoded w
 KINDS = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, DECODED, LOGITS)
 
 _ALLOCATION = 512  # bytes; PyTorch's CUDA allocator rounds up to a multiple
-_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # of the gradient of scales, in `ops/triton.py`
+_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # of the gradient of scales, in `ops/packed/triton.py`
 
 Amounts = dict[str, tuple[int, int]]
 """Bytes and values of each kind."""
@@ -313,15 +313,9 @@ def _linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
 
 
 def _linear_grad_scales(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
+    x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
+    _g_idx, _bits, group_size, _zero_offset = layout
     rows, columns = x.shape[-1], dy.shape[-1]
     x, dy = x.reshape(-1, rows), dy.reshape(-1, columns)
     tiles = -(-rows // min(group_size, _TILE_ROWS))
@@ -340,7 +334,7 @@ def _int8_linear_grad_x(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
     return dy @ ours.decode_weight(*weight, dy.dtype)
 
 
-# what `ops/triton.py` and `ops/int8_triton.py` do
+# what the `triton.py` of `ops/packed` and `ops/int8` do
 _AS_ON_A_GPU = {
     ours.linear.default: _linear,
     ours.linear_grad_x.default: _linear_grad_x,
