@@ -87,7 +87,8 @@ def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -
         written = [w, *state, *([] if residual is None else [residual])]
         read = [t for t in (w_scales, g, g_scales) if t is not None]
         moved = 2 * sum(t.nbytes for t in written) + sum(t.nbytes for t in read)
-        us = microseconds(ops.lion_step, w, w_scales, g, g_scales, *state, residual, *options, rounding, 0)
+        step = ops.LionStep(w, w_scales, g, g_scales, *state, residual, *options, rounding, 0)
+        us = microseconds(ops.lion_step, step)
         report(name, "ours", us, moved, **cell)
 
     if bitsandbytes is not None:

@@ -7,6 +7,7 @@ from .int8.operators import (
     NEAREST,
     STOCHASTIC,
     EncodedWeight,
+    LionStep,
     accumulate_gradient,
     blocks_of,
     decode_weight,
@@ -21,6 +22,7 @@ from .rounding import random_key, round_scales, round_scales_straight_through
 __all__ = [
     "ERROR_FEEDBACK",
     "EncodedWeight",
+    "LionStep",
     "Int8LinearFunction",
     "NEAREST",
     "PackedWeight",

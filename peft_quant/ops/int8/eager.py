@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from ..dispatch import compute_dtype
 from ..rounding import dither, random_words, round_to_dtype
 from . import operators
-from .operators import BLOCK, ERROR_FEEDBACK, NEAREST, STOCHASTIC, EncodedWeight, blocks_of
+from .operators import BLOCK, ERROR_FEEDBACK, NEAREST, STOCHASTIC, EncodedWeight, LionStep, blocks_of
 
 
 LARGEST = 127
@@ -188,24 +188,11 @@ def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
 
 
 @operators.lion_step.eager
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
+def lion_step(step: LionStep) -> None:
+    (
+        weight, weight_scales, gradient, gradient_scales, momentum, momentum_scales, residual, norm, skipped,
+        max_norm, lr, beta1, beta2, weight_decay, rounding, key,
+    ) = step  # fmt: skip
     if not norm.isfinite():
         skipped += 1
         return

@@ -40,6 +40,47 @@ class EncodedWeight(NamedTuple):
     values: torch.Tensor | None
 
 
+class LionStep(NamedTuple):
+    """A step of Lion on contiguous tensors, which are int8 where they have scales, and floating point where not.
+
+    Attributes:
+        weight: any shape.
+        weight_scales: fp32 `[N, G]`.
+        gradient: as the weight.
+        gradient_scales: fp32 `[B]`.
+        momentum: as the weight; fp32 without scales.
+        momentum_scales: fp32 `[B]`.
+        residual: what rounding left of each code, int8, in 1/256 of it.
+        norm: of all gradients, an fp32 scalar.
+        skipped: steps skipped because `norm` was not finite, an int32 scalar.
+        max_norm: the gradient is scaled so that `norm` becomes at most this.
+        lr: learning rate.
+        beta1: of the update.
+        beta2: of the momentum.
+        weight_decay: decoupled, as in AdamW.
+        rounding: of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs a residual. One in 16 bits is
+            rounded to nearest with NEAREST, and stochastically otherwise.
+        key: of the stochastic rounding.
+    """
+
+    weight: torch.Tensor
+    weight_scales: torch.Tensor | None
+    gradient: torch.Tensor
+    gradient_scales: torch.Tensor | None
+    momentum: torch.Tensor
+    momentum_scales: torch.Tensor | None
+    residual: torch.Tensor | None
+    norm: torch.Tensor
+    skipped: torch.Tensor
+    max_norm: float
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    rounding: int
+    key: int
+
+
 _WEIGHT = "Tensor codes, Tensor scales, Tensor? columns, Tensor? values"
 
 
@@ -106,47 +147,18 @@ def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
     "float lr, float beta1, float beta2, float weight_decay, int rounding, int key) -> ()",
     inline=False,
 )
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
-    """A step of Lion, in place, on tensors that are int8 where they have scales, and floating point where not.
-
-    The gradient is scaled so that `norm` becomes at most `max_norm`. If `norm` is not finite, `skipped` is counted up
-    and nothing else changes. All tensors are contiguous.
-
-    Args:
-        weight_scales: of a weight's groups, fp32 `[N, G]`.
-        residual: what rounding left of each code, int8, in 1/256 of it.
-        norm: of all gradients, an fp32 scalar.
-        skipped: steps skipped because `norm` was not finite, an int32 scalar.
-        rounding: of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs a residual. One in 16 bits is
-            rounded to nearest with NEAREST, and stochastically otherwise.
-    """
-    shape, blocks = weight.shape, blocks_of(weight.numel())
-    check_tensor("weight", weight, FLOATING_POINT if weight_scales is None else _INT8, *shape)
-    check_tensor("gradient", gradient, FLOATING_POINT if gradient_scales is None else _INT8, *shape)
-    check_tensor("gradient_scales", gradient_scales, _FP32, blocks)
-    check_tensor("momentum", momentum, _FP32 if momentum_scales is None else _INT8, *shape)
-    check_tensor("momentum_scales", momentum_scales, _FP32, blocks)
-    check_tensor("residual", residual, _INT8, *shape)
-    check_tensor("norm", norm, _FP32)
-    check_tensor("skipped", skipped, (torch.int32,))
+def lion_step(step: LionStep) -> None:
+    """A step of Lion, in place. If `norm` is not finite, `skipped` is counted up and nothing else changes."""
+    shape, blocks = step.weight.shape, blocks_of(step.weight.numel())
+    check_tensor("weight", step.weight, FLOATING_POINT if step.weight_scales is None else _INT8, *shape)
+    check_tensor("gradient", step.gradient, FLOATING_POINT if step.gradient_scales is None else _INT8, *shape)
+    check_tensor("gradient_scales", step.gradient_scales, _FP32, blocks)
+    check_tensor("momentum", step.momentum, _FP32 if step.momentum_scales is None else _INT8, *shape)
+    check_tensor("momentum_scales", step.momentum_scales, _FP32, blocks)
+    check_tensor("residual", step.residual, _INT8, *shape)
+    check_tensor("norm", step.norm, _FP32)
+    check_tensor("skipped", step.skipped, (torch.int32,))
     torch._check(
-        rounding != ERROR_FEEDBACK or residual is not None or weight_scales is None,
+        step.rounding != ERROR_FEEDBACK or step.residual is not None or step.weight_scales is None,
         lambda: "ERROR_FEEDBACK of an int8 weight needs a residual.",
     )

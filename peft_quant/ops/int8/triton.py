@@ -17,7 +17,7 @@ from ..dispatch import launcher
 from ..rounding import key_words
 from . import eager as int8
 from . import operators
-from .operators import EncodedWeight
+from .operators import EncodedWeight, LionStep
 
 
 _BLOCK = tl.constexpr(int8.BLOCK)
@@ -281,29 +281,13 @@ def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
 
 
 @operators.lion_step.triton
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
+def lion_step(step: LionStep) -> None:
+    (
+        weight, weight_scales, gradient, gradient_scales, momentum, momentum_scales, residual, norm, skipped,
+        max_norm, lr, beta1, beta2, weight_decay, rounding, key,
+    ) = step  # fmt: skip
     if momentum_scales is None:
-        int8.lion_step(
-            weight, weight_scales, gradient, gradient_scales, momentum, None, residual, norm, skipped,
-            max_norm, lr, beta1, beta2, weight_decay, rounding, key,
-        )  # fmt: skip
+        int8.lion_step(step)
         return
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
     dropped = 0 if rounding == int8.NEAREST else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)

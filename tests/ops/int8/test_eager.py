@@ -290,10 +290,11 @@ class State:
         self.skipped = torch.zeros((), dtype=torch.int32)
 
     def step(self, gradient, gradient_scales=None, norm=1.0, rounding=ops.STOCHASTIC, key=0, **options):
-        ops.lion_step(
+        step = ops.LionStep(
             self.weight, self.scales, gradient, gradient_scales, self.momentum, self.momentum_scales, self.residual,
             torch.tensor(norm), self.skipped, **{**STEP, **options}, rounding=rounding, key=key,
         )  # fmt: skip
+        ops.lion_step(step)
 
     def decoded(self):
         if self.scales is None:

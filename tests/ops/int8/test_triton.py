@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from peft_quant.ops import EncodedWeight, random_key
+from peft_quant.ops import EncodedWeight, LionStep, random_key
 from peft_quant.ops.int8 import eager as int8
 from peft_quant.ops.int8 import triton as kernels
 
@@ -101,7 +101,8 @@ def lion(path, device, shape, dtype, groups, quantized, rounding, norm, signed=F
     tensors = [t if t is None else t.to(device) for t in tensors]
     norm, skipped = torch.tensor(norm, device=device), torch.tensor(0, dtype=torch.int32, device=device)
     for step in range(3):
-        path.lion_step(*tensors, norm, skipped, 1.0, 1e-4, 0.9, 0.99, 0.1, rounding, random_key(7, step))
+        options = (1.0, 1e-4, 0.9, 0.99, 0.1, rounding, random_key(7, step))
+        path.lion_step(LionStep(*tensors, norm, skipped, *options))
     return [*tensors, skipped]
 
 
