@@ -1,4 +1,4 @@
-"""How operators of `torch.ops.peft_quant` are defined and find their implementations, and what a device decides."""
+"""Definition and dispatch of the operators in `torch.ops.peft_quant`, and what depends on the device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Operator(Generic[P, R]):
-    """An operator: plain PyTorch on every device, and on a GPU the Triton kernels of its family, if Triton is there.
+    """An operator that runs Triton kernels on a GPU if Triton is installed, and plain PyTorch otherwise.
 
-    The decorators `eager` and `triton` register its implementations. A family's `triton.py` is imported at the first
-    call on a GPU. An argument that is a NamedTuple in Python is its fields, one after another, in the schema.
+    The decorators `eager` and `triton` register its implementations. The `triton.py` of its family is imported at the
+    first call on a GPU. The schema has the fields of an argument that is a NamedTuple, one by one.
     """
 
     def __init__(self, fake: Callable[P, R], schema: str, inline: bool) -> None:
@@ -78,7 +78,7 @@ class Operator(Generic[P, R]):
 
 
 def define(schema: str, *, inline: bool = True) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Define the operator that a function is named after, which checks arguments and makes results without data.
+    """Define an operator by its fake function, which names it, checks arguments and returns results without data.
 
     Args:
         schema: its arguments and results as `torch.library.define` takes them.
@@ -106,10 +106,10 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def check_tensor(name: str, tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int) -> None:
-    """Check the dtype and the shape of an argument that may be None.
+    """Check the dtype and the shape of an argument, unless it is None.
 
     Raises:
-        RuntimeError: if it has another dtype or shape.
+        RuntimeError: it has another dtype or shape.
     """
     if tensor is not None:
         torch._check(

@@ -13,9 +13,10 @@ from .operators import EncodedWeight
 
 
 class Int8LinearFunction(torch.autograd.Function):
-    """`y = x @ W^T + b`, of the weight that trains and the tensors it consists of, which backward decodes again.
+    """`y = x @ W^T + b`, differentiable in `x`, `weight` and `bias`.
 
-    Saves these, and `x` if the weight trains.
+    `weight` is a tensor subclass that holds `encoded`. Saves `encoded`, which backward decodes again, and `x` if the
+    weight trains.
     """
 
     @staticmethod
