@@ -48,16 +48,16 @@ def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(values[3:]) for name, values in times.items()}
 
 
-def random_layer(bits: int, group_size: int) -> dict[str, torch.Tensor]:
+def random_weight(bits: int, group_size: int) -> ops.PackedWeight:
     """Symmetric, `gptq_v2`."""
     groups = SIZE // group_size
     qweight = torch.randint(-(2**31), 2**31 - 1, (SIZE * bits // 32, SIZE), dtype=torch.int32)
     qzeros = pack_zeros(torch.full((groups, SIZE), 1 << (bits - 1)), bits, 0)
     scales = torch.rand(groups, SIZE).mul_(0.01).add_(1e-3).half()
-    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    return ops.PackedWeight(qweight, qzeros, scales, None, bits, group_size, 0)
 
 
-def peer_layer(kind: type[nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
+def peer_layer(kind: type[nn.Module], weight: ops.PackedWeight) -> nn.Module:
     layer = kind(
         bits=4,
         group_size=128,
@@ -68,8 +68,8 @@ def peer_layer(kind: type[nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Mo
         bias=False,
         register_buffers=True,
     )
-    for name, tensor in tensors.items():
-        setattr(layer, name, tensor.clone())
+    for name in ("qweight", "qzeros", "scales"):
+        setattr(layer, name, getattr(weight, name).clone())
     layer.g_idx = (torch.arange(SIZE) // 128).int()
     layer.optimized = True  # not compiled
     layer.post_init()
@@ -108,11 +108,8 @@ def main() -> None:
             )
 
     dense = nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False)
-    layers = {cell: random_layer(*cell) for cell in FORMATS}
-    ours = {
-        cell: lambda x, t=t, cell=cell: ops.linear(x, t["qweight"], t["qzeros"], t["scales"], None, *cell, 0)
-        for cell, t in layers.items()
-    }
+    layers = {cell: random_weight(*cell) for cell in FORMATS}
+    ours = {cell: lambda x, weight=weight: ops.linear(x, weight) for cell, weight in layers.items()}
 
     for tokens, rounds in ((512, 15), (64, 40)):
         x = torch.randn(tokens, SIZE, requires_grad=True)
@@ -126,10 +123,8 @@ def main() -> None:
     with torch.no_grad():
         contestants = {("dense", 32, 0): dense.weight.clone}
         contestants |= {
-            ("ours", bits, group): lambda t=t, cell=(bits, group): ops.dequantize(
-                t["qweight"], t["qzeros"], t["scales"], None, *cell, 0, torch.float32
-            )
-            for (bits, group), t in layers.items()
+            ("ours", *cell): lambda weight=weight: ops.dequantize(weight, torch.float32)
+            for cell, weight in layers.items()
         }
         report("dequantize", None, contestants, 40)
 

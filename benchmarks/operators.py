@@ -19,6 +19,7 @@ from record import append, device_name
 from triton.testing import do_bench, do_bench_cudagraph
 
 from peft_quant import ops
+from peft_quant.ops.packed import operators
 
 
 try:
@@ -38,20 +39,19 @@ def graph_microseconds(function: Callable[..., object], *arguments: object) -> f
     return do_bench_cudagraph(lambda: function(*arguments), rep=20, return_mode="median") * 1e3
 
 
-def decoded_product(x: torch.Tensor, *packed: object) -> torch.Tensor:
-    return x @ ops.dequantize(*(*packed, x.dtype))
+def decoded_product(x: torch.Tensor, weight: ops.PackedWeight) -> torch.Tensor:
+    return x @ ops.dequantize(weight, x.dtype)
 
 
-def random_layer(
-    bits: int, rows: int, columns: int, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_weight(bits: int, rows: int, columns: int, group_size: int) -> ops.PackedWeight:
     groups = rows // group_size
 
     def words(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
 
     scales = torch.rand(groups, columns, device="cuda").mul_(0.01).add_(1e-3).half()
-    return words(rows * bits // 32, columns), words(groups, columns * bits // 32), scales
+    qweight, qzeros = words(rows * bits // 32, columns), words(groups, columns * bits // 32)
+    return ops.PackedWeight(qweight, qzeros, scales, None, bits, group_size, 1)
 
 
 def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -> None:
@@ -64,7 +64,7 @@ def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -
     for outliers in (round(0.01 * in_features), 0):
         parts = ops.encode_weight(weight, outliers)
         moved = n * 2 + sum(part.nbytes for part in parts if part is not None)
-        us = microseconds(ops.decode_weight, *parts, torch.bfloat16)
+        us = microseconds(ops.decode_weight, parts, torch.bfloat16)
         report("int8_decode" if outliers else "int8_decode, no outliers", "ours", us, moved, **cell)
     codes, scales, _ = ops.encode_gradient(gradient, 0)
     report("int8_encode", "ours", microseconds(ops.encode_gradient, gradient, 0), n * 3 + scales.nbytes * 2, **cell)
@@ -87,7 +87,8 @@ def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -
         written = [w, *state, *([] if residual is None else [residual])]
         read = [t for t in (w_scales, g, g_scales) if t is not None]
         moved = 2 * sum(t.nbytes for t in written) + sum(t.nbytes for t in read)
-        us = microseconds(ops.lion_step, w, w_scales, g, g_scales, *state, residual, *options, rounding, 0)
+        step = ops.LionStep(w, w_scales, g, g_scales, *state, residual, *options, rounding, 0)
+        us = microseconds(ops.lion_step, step)
         report(name, "ours", us, moved, **cell)
 
     if bitsandbytes is not None:
@@ -121,29 +122,28 @@ def main() -> None:
         qft_rows(report, out_features, in_features)
     for rows, columns in () if arguments.qft else SHAPES:
         for bits, group in ((2, 128), (3, 128), (4, 128), (8, 128), (4, 32), (4, rows)):
-            packed = random_layer(bits, rows, columns, group)
-            layout = (None, bits, group, 1)
+            weight = random_weight(bits, rows, columns, group)
             cell = {"bits": bits, "group": group, "K": rows, "N": columns}
-            moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
-            us = microseconds(ops.dequantize, *packed, *layout, torch.bfloat16)
+            moved = sum(t.nbytes for t in weight[:3]) + rows * columns * 2
+            us = microseconds(ops.dequantize, weight, torch.bfloat16)
             report("dequantize", "ours", us, moved, **cell)
         us = microseconds(target[: moved // 2].copy_, source[: moved // 2])
         report("copy", "torch", us, moved, K=rows, N=columns)
         g_idx = (torch.arange(rows, device="cuda") // 128)[torch.randperm(rows, device="cuda")].int()
         for bits in (2, 3, 4, 8):
-            packed = random_layer(bits, rows, columns, 128)
-            moved = sum(t.numel() * t.element_size() for t in packed) + rows * columns * 2
-            us = microseconds(ops.dequantize, *packed, g_idx, bits, 128, 1, torch.bfloat16)
+            weight = random_weight(bits, rows, columns, 128)._replace(g_idx=g_idx)
+            moved = sum(t.nbytes for t in weight[:3]) + rows * columns * 2
+            us = microseconds(ops.dequantize, weight, torch.bfloat16)
             report("dequantize act-order", "ours", us, moved, bits=bits, group=128, K=rows, N=columns)
 
         for tokens in (1, 8, 32):
             x = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
             for bits in (2, 3, 4, 8):
-                packed = random_layer(bits, rows, columns, 128)
+                weight = random_weight(bits, rows, columns, 128)
                 cell = {"M": tokens, "K": rows, "N": columns, "bits": bits, "group": 128}
-                us = graph_microseconds(torch.ops.peft_quant.linear, x, *packed, None, bits, 128, 1)
+                us = graph_microseconds(operators.linear, x, weight)
                 report("linear", "ours", us, **cell)
-                us = graph_microseconds(decoded_product, x, *packed, None, bits, 128, 1)
+                us = graph_microseconds(decoded_product, x, weight)
                 report("linear, decoded", "ours", us, **cell)
 
         for tokens in (512, 2048, 8192):
@@ -155,15 +155,13 @@ def main() -> None:
             report("grad_x", "bf16", microseconds(torch.matmul, dy, dense), **cell)
             report("grad_weight", "bf16", microseconds(torch.matmul, x.t(), dy), **cell)
             for bits in (3, 4):
-                packed = random_layer(bits, rows, columns, 128)
-                layout = (None, bits, 128, 1)
+                weight = random_weight(bits, rows, columns, 128)
                 cell |= {"bits": bits, "group": 128}
-                operators = torch.ops.peft_quant
-                report("linear", "ours", microseconds(operators.linear, x, *packed, *layout), **cell)
-                report("grad_x", "ours", microseconds(operators.linear_grad_x, dy, *packed, *layout), **cell)
-                us = microseconds(operators.linear_grad_scales, x, dy, *packed[:2], *layout)
+                report("linear", "ours", microseconds(operators.linear, x, weight), **cell)
+                report("grad_x", "ours", microseconds(operators.linear_grad_x, dy, weight), **cell)
+                us = microseconds(operators.linear_grad_scales, x, dy, *weight[:2], *weight[3:])
                 report("grad_scales", "ours", us, **cell)
-            us = microseconds(operators.linear_grad_scales, x, dy, *packed[:2], g_idx, 4, 128, 1)
+            us = microseconds(operators.linear_grad_scales, x, dy, *weight[:2], g_idx, *weight[4:])
             report("grad_scales act-order", "ours", us, **cell)
 
 

@@ -36,7 +36,7 @@ VOCABULARY = 32000
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class PackedLinear(nn.Module):
+class RandomPackedLinear(nn.Module):
     """A GPTQ layer of random codes, symmetric, v1 zero points."""
 
     def __init__(self, rows: int, columns: int, bits: int, group_size: int, device: str) -> None:

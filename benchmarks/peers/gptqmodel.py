@@ -9,7 +9,7 @@ import argparse
 
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from random_llama import PackedLinear, make_llama
+from random_llama import RandomPackedLinear, make_llama
 from torch import nn
 
 from peft_quant.ops.packed.packing import pack_zeros
@@ -19,7 +19,7 @@ from .lora import add_lora
 
 def random_layer(rows: int, columns: int, bits: int, group_size: int, device: str) -> TorchLinear:
     """A layer of random codes, symmetric. gptqmodel's kernels want v2 zero points."""
-    packed = PackedLinear(rows, columns, bits, group_size, device)
+    packed = RandomPackedLinear(rows, columns, bits, group_size, device)
     layer = TorchLinear(bits, group_size, True, False, rows, columns, bias=False).to(device)
     zeros = torch.full_like(packed.scales, 2 ** (bits - 1), dtype=torch.int32)
     layer.qweight, layer.g_idx = packed.qweight, packed.g_idx

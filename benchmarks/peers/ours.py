@@ -7,7 +7,7 @@ import argparse
 import peft
 import torch
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from random_llama import PROJECTIONS, PackedLinear, make_llama
+from random_llama import PROJECTIONS, RandomPackedLinear, make_llama
 from torch import nn
 
 import peft_quant
@@ -38,7 +38,7 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
     model = make_llama(
         cell.shape,
         device,
-        lambda layer: PackedLinear(layer.in_features, layer.out_features, cell.bits, cell.group, device),
+        lambda layer: RandomPackedLinear(layer.in_features, layer.out_features, cell.bits, cell.group, device),
         dense=False,
     )
     if cell.method == "peqa":
@@ -49,4 +49,4 @@ def build(cell: argparse.Namespace, device: str) -> nn.Module:
         )
         return peft.get_peft_model(model, config)
     peft_quant.prepare_gptq_for_training(model)
-    return add_lora(model, cell.rank, {PackedLinear: GPTQLoraLinear})
+    return add_lora(model, cell.rank, {RandomPackedLinear: GPTQLoraLinear})

@@ -317,15 +317,9 @@ def _linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
 
 
 def _linear_grad_scales(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
+    x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
+    _g_idx, _bits, group_size, _zero_offset = layout
     rows, columns = x.shape[-1], dy.shape[-1]
     x, dy = x.reshape(-1, rows), dy.reshape(-1, columns)
     tiles = -(-rows // min(group_size, _TILE_ROWS))
@@ -344,7 +338,7 @@ def _int8_linear_grad_x(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
     return dy @ ours.decode_weight(*weight, dy.dtype)
 
 
-# what `ops/packed/triton.py` and `ops/int8/triton.py` do
+# what the `triton.py` of `ops/packed` and `ops/int8` do
 _AS_ON_A_GPU = {
     ours.linear.default: _linear,
     ours.linear_grad_x.default: _linear_grad_x,

@@ -71,8 +71,10 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # decoded in forward and again in backward, as packed layers are, whatever the codes mean
-        packed = self.qweight, self.absmax, self.absmax, None, 4, _NF4_BLOCK, 0
-        y = ops.linear(x.to(torch.bfloat16), *packed).to(x.dtype)
+        qweight, scale = self.get_buffer("qweight"), self.get_buffer("nested_offset")
+        zeros, scales = qweight[:1, : self.out_features * 4 // WORD_BITS], scale.expand(1, self.out_features)
+        weight = ops.PackedWeight(qweight, zeros, scales, None, 4, self.in_features, 0)
+        y: Any = ops.linear(x.to(torch.bfloat16), weight).to(x.dtype)
         return (y if self.bias is None else y + self.bias).clone()  # PEFT's layer copies it
 
 

@@ -226,10 +226,7 @@ def linear(
         ValueError: the layer's scales were cast since its format was read.
     """
     x = _activations(x)
-    tensors = _tensors_as_read(layer, packed)
-    scales = tensors.scales if scales is None else scales
-    y = ops.linear(x, tensors.qweight, tensors.qzeros, scales, *_layout(tensors, packed))
-    return _add_bias(layer, y)
+    return _add_bias(layer, ops.linear(x, _packed_weight(_tensors_as_read(layer, packed, scales), packed)))
 
 
 def lora_linear(
@@ -258,14 +255,12 @@ def lora_linear(
         ValueError: the layer's scales were cast since its format was read.
     """
     x = _activations(x)
-    tensors = _tensors_as_read(layer, packed)
-    y = ops.lora_linear(
-        x, lora_a, lora_b, scaling, tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed)
-    )
-    return _add_bias(layer, y)
+    weight = _packed_weight(_tensors_as_read(layer, packed), packed)
+    return _add_bias(layer, ops.lora_linear(x, lora_a, lora_b, scaling, weight))
 
 
-def _tensors_as_read(layer: nn.Module, packed: PackedFormat) -> PackedTensors:
+def _tensors_as_read(layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None) -> PackedTensors:
+    """The layer's tensors, with other scales if given."""
     tensors = packed_tensors(layer)
     if tensors.scales.dtype != packed.scale_dtype:
         raise ValueError(
@@ -273,7 +268,7 @@ def _tensors_as_read(layer: nn.Module, packed: PackedFormat) -> PackedTensors:
             "and are no longer as the checkpoint stores them. Load the model again, and cast it as a whole, with the "
             "adapter on (`model.to(dtype)`), which leaves scales as they are."
         )
-    return tensors
+    return tensors if scales is None else tensors._replace(scales=scales)
 
 
 def _activations(x: torch.Tensor) -> torch.Tensor:
@@ -302,17 +297,17 @@ def dequantize(
     Raises:
         ValueError: the layer's scales were cast since its format was read.
     """
-    tensors = _tensors_as_read(layer, packed)
-    return dequantize_tensors(tensors if scales is None else tensors._replace(scales=scales), packed, dtype)
+    return dequantize_tensors(_tensors_as_read(layer, packed, scales), packed, dtype)
 
 
 def dequantize_tensors(
     tensors: PackedTensors, packed: PackedFormat, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """As [`dequantize`], of tensors without a layer."""
-    return ops.dequantize(tensors.qweight, tensors.qzeros, tensors.scales, *_layout(tensors, packed), dtype).t()
+    return ops.dequantize(_packed_weight(tensors, packed), dtype).t()
 
 
-def _layout(tensors: PackedTensors, packed: PackedFormat) -> tuple[torch.Tensor | None, int, int, int]:
-    g_idx = tensors.g_idx.to(tensors.qweight.device) if packed.act_order else None
-    return g_idx, packed.bits, packed.group_size, packed.zero_offset
+def _packed_weight(tensors: PackedTensors, packed: PackedFormat) -> ops.PackedWeight:
+    qweight, qzeros, scales, g_idx = tensors
+    g_idx_in_use = g_idx.to(qweight.device) if packed.act_order else None
+    return ops.PackedWeight(qweight, qzeros, scales, g_idx_in_use, packed.bits, packed.group_size, packed.zero_offset)

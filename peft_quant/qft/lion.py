@@ -171,7 +171,7 @@ class QuantizedLion(torch.optim.Optimizer):
         int8 = parameter if isinstance(parameter, Int8Weight) else None
         weight, scales = (int8.codes, int8.scales) if int8 is not None else (parameter.detach(), None)
         norm = norm.to(parameter.device)
-        ops.lion_step(
+        step = ops.LionStep(
             weight,
             scales,
             gradient,
@@ -189,6 +189,7 @@ class QuantizedLion(torch.optim.Optimizer):
             _ROUNDINGS[self.rounding],
             ops.random_key(group["seed"], _UPDATE_STREAM, number, group["steps"]),
         )
+        ops.lion_step(step)
         torch.autograd.graph.increment_version([parameter, weight])
         if int8 is None:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ class Int8Weight(torch.Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight, detached, in `dtype` or by default the nominal dtype."""
-        return ops.decode_weight(*self._tensors(), dtype or self.dtype).view(self.shape)
+        return ops.decode_weight(self._tensors(), dtype or self.dtype).view(self.shape)
 
     @torch.no_grad()
     def refresh(self, key: int) -> None:
@@ -130,7 +129,7 @@ class Int8Weight(torch.Tensor):
 
         In place; rounding is stochastic by the key (`ops.random_key`). Weights whose scale stays keep their codes.
         """
-        ops.refresh_weight(*self._tensors(), key)
+        ops.refresh_weight(self._tensors(), key)
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
@@ -149,8 +148,8 @@ class Int8Weight(torch.Tensor):
             return None
         return Int8Weight.__tensor_unflatten__(dict(zip(self.parts, gathered)), (dtype, False)), gathered
 
-    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return self.codes, self.scales, self.outlier_columns, self.outlier_values
+    def _tensors(self) -> ops.EncodedWeight:
+        return ops.EncodedWeight(self.codes, self.scales, self.outlier_columns, self.outlier_values)
 
     def _write(self, codes: torch.Tensor, scales: torch.Tensor, *outliers: torch.Tensor | None) -> None:
         for part, new in zip(self._tensors(), (codes, scales, *outliers)):
@@ -326,37 +325,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         raise TypeError("F.linear takes an int8 weight [N, K] as its weight: pass the `dequantize()` of any other.")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Linear.apply(x, weight, bias)
-
-
-class _Linear(torch.autograd.Function):
-    """`y = x @ W^T + b`. Saves `x`, if the weight trains, and the weight's parts, which backward decodes again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *weight._tensors())
-        with _no_autocast(x):
-            return ops.int8_linear(x, *weight._tensors(), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        dx = dw = db = None
-        with _no_autocast(dy):
-            if ctx.needs_input_grad[0]:
-                dx = ops.int8_linear_grad_x(dy, *tensors)
-            dy = dy.reshape(-1, dy.shape[-1])
-            if ctx.needs_input_grad[1]:
-                dtype = ops.compute_dtype(dy)
-                dw = (dy.to(dtype).t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(ctx.dtypes[0])
-            if ctx.needs_input_grad[2]:
-                db = dy.sum(0).to(ctx.dtypes[1])
-        return dx, dw, db
-
-
-def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # it has no meta device
+    return ops.Int8LinearFunction.apply(x, weight, weight._tensors(), bias)
 
 
 def _check(

@@ -1,5 +1,5 @@
-"""Compiles products as for a GPU, without one, and writes the shapes of what forward passes return and keep; and int8
-kernels, and writes what their code is made of.
+"""Compiles products as for a GPU, without one, and writes the shapes of what forward passes return and keep, and which
+operators they run; and int8 kernels, and writes what their code is made of.
 
 A script of its own, because Triton's interpreter, under which other tests run kernels, cannot be compiled.
 """
@@ -42,7 +42,11 @@ class ForwardPassError(Exception):
 def forward_compiler(graph, inputs):
     (output,) = graph.graph.find_nodes(op="output")
     kept = [node for node in output.args[0] if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
-    raise ForwardPassError(json.dumps([list(node.meta["val"].shape) for node in kept]))
+    names = {str(node.target) for node in graph.graph.nodes}
+    operators = sorted(name for name in names if "peft_quant" in name or "triton" in name)
+    raise ForwardPassError(
+        json.dumps({"kept": [list(node.meta["val"].shape) for node in kept], "operators": operators})
+    )
 
 
 BACKEND = aot_autograd(
@@ -96,8 +100,8 @@ def instructions(kernel, signature, warps, **constants):
 def main():
     triton.runtime.driver.set_active(Driver())
     FunctionalTensor.is_cuda = property(lambda tensor: True)
-    layers = [random_packed(4, *shape, group_size=32).tensors for shape in ((ROWS, COLUMNS), (COLUMNS, ROWS))]
-    scales = [layer["scales"].float().requires_grad_() for layer in layers]
+    layers = [random_packed(4, *shape, group_size=32).operand() for shape in ((ROWS, COLUMNS), (COLUMNS, ROWS))]
+    scales = [layer.scales.float().requires_grad_() for layer in layers]
     factors = [
         torch.randn(shape, requires_grad=True)
         for shape in ((RANK, ROWS), (COLUMNS, RANK), (RANK, COLUMNS), (ROWS, RANK))
@@ -106,13 +110,12 @@ def main():
 
     def peqa(x, *scales):
         for layer, trained in zip(layers, scales):
-            x = ops.linear(torch.sigmoid(x), layer["qweight"], layer["qzeros"], trained, None, 4, 32, 1)
+            x = ops.linear(torch.sigmoid(x), layer._replace(scales=trained))
         return torch.sigmoid(x)
 
     def lrec(x, *factors):
         for layer, a, b in zip(layers, factors[::2], factors[1::2]):
-            tensors = (layer["qweight"], layer["qzeros"], layer["scales"])
-            x = ops.lora_linear(torch.sigmoid(x), a, b, 0.5, *tensors, None, 4, 32, 1)
+            x = ops.lora_linear(torch.sigmoid(x), a, b, 0.5, layer)
         return torch.sigmoid(x)
 
     def checkpointed(function):

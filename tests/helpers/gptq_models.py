@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from peft_quant.ops import PackedWeight
 from peft_quant.ops.packed.packing import pack_rows, pack_zeros
 
 
@@ -49,6 +50,13 @@ class Packed:
     def weight(self) -> torch.Tensor:
         g_idx = self.tensors["g_idx"].long()
         return self.tensors["scales"].float()[g_idx] * (self.codes - self.zeros[g_idx]).float()
+
+    def operand(self, device: str = "cpu") -> PackedWeight:
+        """What operators take: with `g_idx` only in act-order."""
+        qweight, qzeros, scales, g_idx = (tensor.to(device) for tensor in self.tensors.values())
+        if torch.equal(g_idx.cpu().long(), torch.arange(len(g_idx)) // self.group_size):
+            g_idx = None
+        return PackedWeight(qweight, qzeros, scales, g_idx, self.bits, self.group_size, self.zero_offset)
 
 
 def quantize(

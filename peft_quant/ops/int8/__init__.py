@@ -1,1 +1,3 @@
-"""Operators on int8 weights, gradients and momentum (QFT)."""
+"""Operators on int8 weights, gradients and momentum."""
+
+from . import eager as eager  # registers the implementations

@@ -1,8 +1,7 @@
 """int8 weights, gradients and momentum in plain PyTorch: the path of every device without a kernel of its own.
 
 Gradients and momentum are flat runs of `BLOCK` elements with one fp32 scale each; weights have scales by row, or by
-groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero. Arguments as in
-`int8_library.py`.
+groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from ..packed.eager import compute_dtype
+from ..dispatch import compute_dtype
 from ..rounding import dither, random_words, round_to_dtype
+from . import operators
+from .operators import BLOCK, ERROR_FEEDBACK, NEAREST, STOCHASTIC, EncodedWeight, LionStep, blocks_of
 
 
-BLOCK = 256
 LARGEST = 127
-NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
 _RUN = 1 << 18  # elements, whole blocks; what is computed of them stays in a CPU's cache
 # what the largest of a block becomes: so little below 127 that no noise rounds it to 128
 RANGE = LARGEST - 2.0**-13
@@ -27,10 +26,6 @@ RANGE = LARGEST - 2.0**-13
 SMALLEST = 2.0**-100
 _SCALE_OF_ZEROS = 2.0**-13
 _ROOM = 1.125  # that a new scale leaves for growth
-
-
-def blocks_of(elements: int) -> int:
-    return -(-elements // BLOCK)
 
 
 def _runs(elements: int) -> Iterator[tuple[slice, slice]]:
@@ -60,6 +55,7 @@ def _encode(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return codes, torch.where(is_zero, 0, largest * (1 / RANGE))
 
 
+@operators.encode_gradient.eager
 def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(blocks_of(x.numel()), device=x.device)
@@ -68,6 +64,7 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
     return codes, scales, squares
 
 
+@operators.accumulate_gradient.eager
 def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
     squares = torch.empty_like(scales)
     _write_gradient(codes, scales, squares, x, key, add=True)
@@ -95,9 +92,7 @@ def decode_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
-def encode_weight(
-    weight: torch.Tensor, outliers: int, groups: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def encode_weight(weight: torch.Tensor, outliers: int, groups: int = 1) -> EncodedWeight:
     """A finite weight `[N, K]` -> codes, to nearest, and scales `[N, groups]`, columns and values `[N, outliers]`.
 
     The outliers, if any, are the largest magnitudes of each row, and their codes are 0. A group of zeros gets the mean
@@ -108,29 +103,27 @@ def encode_weight(
     empty = scales <= SMALLEST
     mean = scales.sum() / (~empty).sum().clamp(min=1)
     scales = _as_fp16_has_them(torch.where(empty, torch.where(mean > 0, mean, _SCALE_OF_ZEROS), scales))
-    return _codes(rest, scales, None), scales, columns, values
+    return EncodedWeight(_codes(rest, scales, None), scales, columns, values)
 
 
-def refresh_weight(
-    codes: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, values: torch.Tensor | None, key: int
-) -> None:
+def refresh_weight(encoded: EncodedWeight, key: int) -> None:
     """Choose outliers anew, and scales where codes have come to the edge or use less than half of their range.
 
     In place, a run of rows at a time. What keeps its scale keeps its code; all else is rounded stochastically.
     """
-    width = codes.shape[1]
+    width = encoded.codes.shape[1]
     step = max(1, _RUN // width)
-    for start in range(0, len(codes), step):
+    for start in range(0, len(encoded.codes), step):
         rows = slice(start, start + step)
-        parts: Any = [None if part is None else part[rows] for part in (codes, scales, columns, values)]
-        weight = decode_weight(*(*parts, torch.float32))
-        rest, *outliers = _without_outliers(weight, 0 if columns is None else columns.shape[1])
+        parts: Any = [None if part is None else part[rows] for part in encoded]
+        weight = decode_weight(EncodedWeight(*parts), torch.float32)
+        rest, *outliers = _without_outliers(weight, 0 if encoded.columns is None else encoded.columns.shape[1])
         before = parts[1]
         largest = rest.view(*before.shape, -1).abs().amax(2)
         share = largest / before.abs()
         misfit = (share > LARGEST - 0.5) | ((share < LARGEST / 2) & (largest > SMALLEST))
         after = torch.where(misfit, _as_fp16_has_them(largest * (_ROOM / LARGEST)), before)
-        noise = dither(random_words(start * width, start * width + weight.numel(), key, codes.device), 0)
+        noise = dither(random_words(start * width, start * width + weight.numel(), key, weight.device), 0)
         for part, new in zip(parts, (_codes(rest, after, noise.view_as(rest)), after, *outliers)):
             if part is not None:
                 part.copy_(new)
@@ -162,43 +155,27 @@ def _codes(weight: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | Non
     return codes.round().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
 
-def decode_weight(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+@operators.decode_weight.eager
+def decode_weight(weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor:
+    codes, scales, columns, values = weight
     rows, groups = scales.shape
-    weight = codes.view(rows, groups, -1) * scales[:, :, None]
-    weight = weight.view(codes.shape)
+    dense = (codes.view(rows, groups, -1) * scales[:, :, None]).view(codes.shape)
     if columns is not None and values is not None:
-        weight.scatter_add_(1, columns.long(), values)
-    return weight.to(dtype)
+        dense.scatter_add_(1, columns.long(), values)
+    return dense.to(dtype)
 
 
-def int8_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+@operators.int8_linear.eager
+def int8_linear(x: torch.Tensor, weight: EncodedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), decode_weight(codes, scales, columns, values, dtype), bias).to(x.dtype)
+    return F.linear(x.to(dtype), decode_weight(weight, dtype), bias).to(x.dtype)
 
 
-def int8_linear_grad_x(
-    dy: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-) -> torch.Tensor:
+@operators.int8_linear_grad_x.eager
+def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
     dtype = compute_dtype(dy)
-    return (dy.to(dtype) @ decode_weight(codes, scales, columns, values, dtype)).to(dy.dtype)
+    return (dy.to(dtype) @ decode_weight(weight, dtype)).to(dy.dtype)
 
 
 def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
@@ -212,24 +189,12 @@ def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
     return residual
 
 
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
+@operators.lion_step.eager
+def lion_step(step: LionStep) -> None:
+    (
+        weight, weight_scales, gradient, gradient_scales, momentum, momentum_scales, residual, norm, skipped,
+        max_norm, lr, beta1, beta2, weight_decay, rounding, key,
+    ) = step  # fmt: skip
     if not norm.isfinite():
         skipped += 1
         return

@@ -1,80 +1,99 @@
-"""The int8 operators of QFT as PyTorch knows them: schemas, shape functions and dispatch.
+"""The int8 operators of QFT: schemas, shapes and checks. `eager.py` and `triton.py` implement them.
 
 Symbols: `N` out-features, `K` in-features, `G` groups of a row, `R` outliers of a row, `B` blocks of 256 elements.
-
-| argument | shape, dtype | meaning |
-|---|---|---|
-| `codes`, `scales` | `[N, K]` int8, `[N, G]` fp32 | of a weight: `W[n, k] = codes[n, k] * scales[n, k // (K / G)]` |
-| `columns`, `values` | `[N, R]` int16 or int32, fp32, or None | outliers of a weight: what is added, and where |
-| `codes`, `scales` | any shape int8, `[B]` fp32 | of a gradient or of momentum: 256 elements in a row share a scale |
-| `residual` | as the weight, int8, or None | what rounding left of a code, in 1/256 of it |
-| `norm`, `skipped` | scalars, fp32 and int32 | norm of all gradients; steps skipped because it was not finite |
-| `key` | int | of the stochastic rounding (`random_key`) |
+Gradients and momentum are encoded as codes, int8 of any shape, and scales, fp32 `[B]`, one for 256 elements in a row.
+`key` is that of the stochastic rounding (`random_key`).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ..packed.operators import define
-from . import eager as int8
+from ..dispatch import FLOATING_POINT, check_tensor, define
+
+
+BLOCK = 256
+NEAREST, STOCHASTIC, ERROR_FEEDBACK = range(3)
+
+_FP32, _INT8 = (torch.float32,), (torch.int8,)
+
+
+def blocks_of(elements: int) -> int:
+    return -(-elements // BLOCK)
+
+
+class EncodedWeight(NamedTuple):
+    """A weight `[N, K]` in int8: `W[n, k] = codes[n, k] * scales[n, k // (K / G)]`, plus the values of outliers.
+
+    Attributes:
+        codes: int8 `[N, K]`.
+        scales: fp32 `[N, G]`.
+        columns: of the outliers, int16 (int32 if K > 32768) `[N, R]`; None without outliers.
+        values: of the outliers, fp32 `[N, R]`, or None.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    columns: torch.Tensor | None
+    values: torch.Tensor | None
+
+
+class LionStep(NamedTuple):
+    """A step of Lion on contiguous tensors, which are int8 where they have scales, and floating point where not.
+
+    Attributes:
+        weight: any shape.
+        weight_scales: fp32 `[N, G]`.
+        gradient: as the weight.
+        gradient_scales: fp32 `[B]`.
+        momentum: as the weight; fp32 without scales.
+        momentum_scales: fp32 `[B]`.
+        residual: what rounding left of each code, int8, in 1/256 of it.
+        norm: of all gradients, an fp32 scalar.
+        skipped: steps skipped because `norm` was not finite, an int32 scalar.
+        max_norm: the gradient is scaled so that `norm` becomes at most this.
+        lr: learning rate.
+        beta1: of the update.
+        beta2: of the momentum.
+        weight_decay: decoupled, as in AdamW.
+        rounding: of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs a residual. One in 16 bits is
+            rounded to nearest with NEAREST, and stochastically otherwise.
+        key: of the stochastic rounding.
+    """
+
+    weight: torch.Tensor
+    weight_scales: torch.Tensor | None
+    gradient: torch.Tensor
+    gradient_scales: torch.Tensor | None
+    momentum: torch.Tensor
+    momentum_scales: torch.Tensor | None
+    residual: torch.Tensor | None
+    norm: torch.Tensor
+    skipped: torch.Tensor
+    max_norm: float
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    rounding: int
+    key: int
 
 
 _WEIGHT = "Tensor codes, Tensor scales, Tensor? columns, Tensor? values"
 
-_SCHEMAS = {
-    "encode_gradient": "(Tensor x, int key) -> (Tensor, Tensor, Tensor)",
-    "accumulate_gradient": "(Tensor(a!) codes, Tensor(b!) scales, Tensor x, int key) -> Tensor",
-    "decode_weight": f"({_WEIGHT}, ScalarType dtype) -> Tensor",
-    "int8_linear": f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
-    "int8_linear_grad_x": f"(Tensor dy, {_WEIGHT}) -> Tensor",
-    "lion_step": (
-        "(Tensor(a!) weight, Tensor? weight_scales, Tensor gradient, Tensor? gradient_scales, Tensor(b!) momentum, "
-        "Tensor(c!)? momentum_scales, Tensor(d!)? residual, Tensor norm, Tensor(e!) skipped, float max_norm, "
-        "float lr, float beta1, float beta2, float weight_decay, int rounding, int key) -> ()"
-    ),
-}
+
+def _check_weight(weight: EncodedWeight) -> None:
+    rows, width = weight.codes.shape
+    check_tensor("codes", weight.codes, _INT8, rows, width)
+    check_tensor("scales", weight.scales, _FP32, rows, weight.scales.shape[-1])
+    if weight.columns is not None:
+        check_tensor("columns", weight.columns, (torch.int16, torch.int32), rows, weight.columns.shape[-1])
+        check_tensor("values", weight.values, _FP32, *weight.columns.shape)
 
 
-_OPENED = ("decode_weight", "int8_linear", "int8_linear_grad_x")
-
-
-for _name, _schema in _SCHEMAS.items():
-    define(_name, _schema, int8, "int8_triton", opened=_name in _OPENED)
-
-
-@torch.library.register_fake("peft_quant::encode_gradient")
-def _(x, key):
-    blocks = int8.blocks_of(x.numel())
-    scales, squares = (x.new_empty(blocks, dtype=torch.float32) for _ in range(2))
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device), scales, squares
-
-
-@torch.library.register_fake("peft_quant::accumulate_gradient")
-def _(codes, scales, x, key):
-    return torch.empty_like(scales)
-
-
-@torch.library.register_fake("peft_quant::decode_weight")
-def _(codes, scales, columns, values, dtype):
-    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
-
-
-@torch.library.register_fake("peft_quant::int8_linear")
-def _(x, codes, scales, columns, values, bias):
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
-@torch.library.register_fake("peft_quant::int8_linear_grad_x")
-def _(dy, codes, scales, columns, values):
-    return dy.new_empty(*dy.shape[:-1], codes.shape[1])
-
-
-@torch.library.register_fake("peft_quant::lion_step")
-def _(*arguments):
-    return None
-
-
+@define("(Tensor x, int key) -> (Tensor, Tensor, Tensor)", inline=False)
 def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encode a floating point tensor stochastically.
 
@@ -82,76 +101,64 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
         Codes in its shape, scales and sums of squares `[B]`. Scales and sums of a block that is not finite, or whose
         sum of squares overflows, are not finite.
     """
-    return torch.ops.peft_quant.encode_gradient(x, key)
+    check_tensor("x", x, FLOATING_POINT, *x.shape)
+    scales, squares = (x.new_empty(blocks_of(x.numel()), dtype=torch.float32) for _ in range(2))
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), scales, squares
 
 
+@define("(Tensor(a!) codes, Tensor(b!) scales, Tensor x, int key) -> Tensor", inline=False)
 def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
     """Add a floating point tensor to an encoded one, in place and stochastically; sums of squares `[B]` of the sum."""
-    return torch.ops.peft_quant.accumulate_gradient(codes, scales, x, key)
+    check_tensor("x", x, FLOATING_POINT, *x.shape)
+    check_tensor("codes", codes, _INT8, *x.shape)
+    check_tensor("scales", scales, _FP32, blocks_of(x.numel()))
+    return torch.empty_like(scales)
 
 
-def decode_weight(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+@define(f"({_WEIGHT}, ScalarType dtype) -> Tensor")
+def decode_weight(weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight `[N, K]`, formed in fp32 and rounded to `dtype` once. Not differentiable."""
-    return torch.ops.peft_quant.decode_weight(codes, scales, columns, values, dtype)
+    _check_weight(weight)
+    return torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
 
 
-def int8_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+@define(f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
+def int8_linear(x: torch.Tensor, weight: EncodedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`y = x @ W^T + bias` in the dtype of `x`: `[..., K]` -> `[..., N]`. Not differentiable."""
-    return torch.ops.peft_quant.int8_linear(x, codes, scales, columns, values, bias)
+    _check_weight(weight)
+    rows, width = weight.codes.shape
+    check_tensor("x", x, FLOATING_POINT, *x.shape[:-1], width)
+    check_tensor("bias", bias, (x.dtype,), rows)
+    return x.new_empty(*x.shape[:-1], rows)
 
 
-def int8_linear_grad_x(
-    dy: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-) -> torch.Tensor:
+@define(f"(Tensor dy, {_WEIGHT}) -> Tensor")
+def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
     """`dx = dy @ W` in the dtype of `dy`: `[..., N]` -> `[..., K]`."""
-    return torch.ops.peft_quant.int8_linear_grad_x(dy, codes, scales, columns, values)
+    _check_weight(weight)
+    rows, width = weight.codes.shape
+    check_tensor("dy", dy, FLOATING_POINT, *dy.shape[:-1], rows)
+    return dy.new_empty(*dy.shape[:-1], width)
 
 
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
-    """A step of Lion, in place, on tensors that are int8 where they have scales, and floating point where not.
-
-    The gradient is scaled so that `norm` becomes at most `max_norm`. If `norm` is not finite, `skipped` is counted up
-    and nothing else changes. All tensors are contiguous.
-
-    Args:
-        rounding: of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs a residual. One in 16 bits is
-            rounded to nearest with NEAREST, and stochastically otherwise.
-    """
-    torch.ops.peft_quant.lion_step(
-        weight, weight_scales, gradient, gradient_scales, momentum, momentum_scales, residual, norm, skipped,
-        max_norm, lr, beta1, beta2, weight_decay, rounding, key,
-    )  # fmt: skip
+@define(
+    "(Tensor(a!) weight, Tensor? weight_scales, Tensor gradient, Tensor? gradient_scales, Tensor(b!) momentum, "
+    "Tensor(c!)? momentum_scales, Tensor(d!)? residual, Tensor norm, Tensor(e!) skipped, float max_norm, "
+    "float lr, float beta1, float beta2, float weight_decay, int rounding, int key) -> ()",
+    inline=False,
+)
+def lion_step(step: LionStep) -> None:
+    """A step of Lion, in place. If `norm` is not finite, `skipped` is counted up and nothing else changes."""
+    shape, blocks = step.weight.shape, blocks_of(step.weight.numel())
+    check_tensor("weight", step.weight, FLOATING_POINT if step.weight_scales is None else _INT8, *shape)
+    check_tensor("gradient", step.gradient, FLOATING_POINT if step.gradient_scales is None else _INT8, *shape)
+    check_tensor("gradient_scales", step.gradient_scales, _FP32, blocks)
+    check_tensor("momentum", step.momentum, _FP32 if step.momentum_scales is None else _INT8, *shape)
+    check_tensor("momentum_scales", step.momentum_scales, _FP32, blocks)
+    check_tensor("residual", step.residual, _INT8, *shape)
+    check_tensor("norm", step.norm, _FP32)
+    check_tensor("skipped", step.skipped, (torch.int32,))
+    torch._check(
+        step.rounding != ERROR_FEEDBACK or step.residual is not None or step.weight_scales is None,
+        lambda: "ERROR_FEEDBACK of an int8 weight needs a residual.",
+    )

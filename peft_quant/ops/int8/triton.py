@@ -1,4 +1,4 @@
-"""The int8 operators as Triton kernels, equal to `int8.py` to the bit: same order of operations, nothing fused.
+"""The int8 operators as Triton kernels, equal to `eager.py` to the bit: same order of operations, nothing fused.
 
 A program of the gradient and optimizer kernels takes two blocks of 256 elements a warp, 16 elements a thread: what
 int8 loads and stores of 16 bytes make it.
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F  # noqa: N812
 
-from ..packed.triton import _launcher
+from ..dispatch import launcher
 from ..rounding import key_words
 from . import eager as int8
+from . import operators
+from .operators import EncodedWeight, LionStep
 
 
 _BLOCK = tl.constexpr(int8.BLOCK)
@@ -233,6 +235,7 @@ def _tiles(elements: int, warps: int = _WARPS) -> tuple[tuple[int], dict[str, An
     return (triton.cdiv(elements, tile),), options
 
 
+@operators.encode_gradient.triton
 def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(int8.blocks_of(x.numel()), device=x.device)
@@ -242,6 +245,7 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
     return codes, scales, squares
 
 
+@operators.accumulate_gradient.triton
 def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
     squares = torch.empty(scales.shape, device=x.device)
     grid, options = _tiles(x.numel())
@@ -249,104 +253,51 @@ def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tens
     return squares
 
 
-def decode_weight(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+@operators.decode_weight.triton
+def decode_weight(weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor:
+    codes, scales, columns, values = weight
     rows, width = codes.shape
     outliers = 0 if columns is None else columns.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=codes.device)
-    _launcher(_decode_kernel, codes)[(rows, triton.cdiv(width, _TILE * _TILES))](
-        codes,
-        scales,
-        columns,
-        values,
-        out,
-        width,
-        scales.shape[1],
-        outliers,
+    launcher(_decode_kernel, codes)[(rows, triton.cdiv(width, _TILE * _TILES))](
+        codes, scales, columns, values, out, width, scales.shape[1], outliers,
         OUTLIERS=triton.next_power_of_2(outliers) if outliers else 0,
         ONE_GROUP=scales.shape[1] == 1,
         TILE=_TILE,
         TILES=_TILES,
         num_warps=_WARPS,
-    )
+    )  # fmt: skip
     return out
 
 
-def int8_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return F.linear(x, decode_weight(codes, scales, columns, values, x.dtype), bias)
+@operators.int8_linear.triton
+def int8_linear(x: torch.Tensor, weight: EncodedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, decode_weight(weight, x.dtype), bias)
 
 
-def int8_linear_grad_x(
-    dy: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    columns: torch.Tensor | None,
-    values: torch.Tensor | None,
-) -> torch.Tensor:
-    return dy @ decode_weight(codes, scales, columns, values, dy.dtype)
+@operators.int8_linear_grad_x.triton
+def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
+    return dy @ decode_weight(weight, dy.dtype)
 
 
-def lion_step(
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor | None,
-    gradient: torch.Tensor,
-    gradient_scales: torch.Tensor | None,
-    momentum: torch.Tensor,
-    momentum_scales: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    skipped: torch.Tensor,
-    max_norm: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    rounding: int,
-    key: int,
-) -> None:
+@operators.lion_step.triton
+def lion_step(step: LionStep) -> None:
+    (
+        weight, weight_scales, gradient, gradient_scales, momentum, momentum_scales, residual, norm, skipped,
+        max_norm, lr, beta1, beta2, weight_decay, rounding, key,
+    ) = step  # fmt: skip
     if momentum_scales is None:
-        int8.lion_step(
-            weight, weight_scales, gradient, gradient_scales, momentum, None, residual, norm, skipped,
-            max_norm, lr, beta1, beta2, weight_decay, rounding, key,
-        )  # fmt: skip
+        int8.lion_step(step)
         return
     group_size = 1 if weight_scales is None else weight.numel() // weight_scales.numel()
     dropped = 0 if rounding == int8.NEAREST else {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
     grid, options = _tiles(weight.numel(), _WARPS if weight_scales is None else _WARPS_OF_INT8_LION)
     _lion_kernel[grid](
-        weight,
-        weight_scales,
-        gradient.contiguous(),
-        gradient_scales,
-        momentum,
-        momentum_scales,
-        residual,
-        norm,
-        skipped,
-        weight.numel(),
-        group_size,
-        max_norm,
-        lr,
-        1 - lr * weight_decay,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
+        weight, weight_scales, gradient.contiguous(), gradient_scales, momentum, momentum_scales, residual, norm,
+        skipped, weight.numel(), group_size, max_norm, lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
         *key_words(key),
         ROUNDING=rounding,
         DROPPED=dropped,
         ALIGNED=group_size % int8.BLOCK == 0,
         **options,
-    )
+    )  # fmt: skip

@@ -1,1 +1,3 @@
 """Operators on GPTQ-packed weights."""
+
+from . import eager as eager  # registers the implementations

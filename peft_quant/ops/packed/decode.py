@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .operators import PackedWeight
 from .packing import unpack_zeros
 
 
@@ -40,8 +41,9 @@ class Block:
     groups: slice | torch.Tensor
 
 
-def blocks(rows: int, target: int, group_size: int, g_idx: torch.Tensor | None) -> Iterator[Block]:
-    """Cut `rows` rows into blocks of about `target` rows, each in whole words and, where possible, whole groups."""
+def blocks(weight: PackedWeight, target: int) -> Iterator[Block]:
+    """Cut a weight into blocks of about `target` rows, each in whole words and, where possible, whole groups."""
+    rows, group_size, g_idx = weight.rows, weight.group_size, weight.g_idx
     target = max(ROW_ALIGNMENT, target // ROW_ALIGNMENT * ROW_ALIGNMENT)
     if g_idx is None and group_size % ROW_ALIGNMENT and group_size < rows:
         g_idx = torch.arange(rows) // group_size
@@ -63,25 +65,21 @@ def blocks(rows: int, target: int, group_size: int, g_idx: torch.Tensor | None) 
 
 
 class Decoder:
-    """Decodes blocks of one packed weight: `scales * (q - z)`, or `q - z` where `scales` is None."""
+    """Decodes blocks of one packed weight: `scales * (q - z)`."""
 
-    def __init__(
-        self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor | None, bits: int, zero_offset: int
-    ) -> None:
-        self.qweight = qweight
-        self.bits = bits
-        self.rows, self.columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
-        self._mask = _MASKS[bits].to(qweight.device)
-        zeros = unpack_zeros(qzeros, bits, zero_offset)
-        self._subtrahends = zeros.float().unsqueeze(1) + _OFFSETS[bits].to(qweight.device)  # [G, codes of a unit, N]
-        factors = torch.ones(len(zeros), 1, device=qweight.device) if scales is None else scales.float()
-        self._factors = factors * 0.5  # for the 2 in `mse_loss_backward`
+    def __init__(self, weight: PackedWeight) -> None:
+        self._qweight, self._bits, self._columns = weight.qweight, weight.bits, weight.columns
+        device = weight.qweight.device
+        self._mask = _MASKS[weight.bits].to(device)
+        zeros = unpack_zeros(weight.qzeros, weight.bits, weight.zero_offset)
+        self._subtrahends = zeros.float().unsqueeze(1) + _OFFSETS[weight.bits].to(device)  # [G, codes of a unit, N]
+        self._factors = weight.scales.float() * 0.5  # for the 2 in `mse_loss_backward`
 
     def decode(self, block: Block, out: torch.Tensor) -> torch.Tensor:
         """Write a block to `out`, fp32 `[rows of the block, N]` and contiguous; returns `out`."""
-        units = self._units(self.qweight[block.start * self.bits // 32 : block.stop * self.bits // 32])
+        units = self._units(self._qweight[block.start * self._bits // 32 : block.stop * self._bits // 32])
         codes = len(self._mask)
-        torch.bitwise_and(units, self._mask, out=out.view(torch.int32).view(-1, codes, self.columns))
+        torch.bitwise_and(units, self._mask, out=out.view(torch.int32).view(-1, codes, self._columns))
         if isinstance(block.groups, slice):
             subtrahends = self._subtrahends[block.groups].unsqueeze(1)
             factors = self._factors[block.groups, None, None]
@@ -91,16 +89,16 @@ class Decoder:
             subtrahends = self._subtrahends.flatten(0, 1).index_select(0, groups * codes + place)
             factors = self._factors.index_select(0, groups)
             subtrahends, factors = (t.view(1, -1, codes, t.shape[-1]) for t in (subtrahends, factors))
-        values = out.view(len(subtrahends), -1, codes, self.columns)
+        values = out.view(len(subtrahends), -1, codes, self._columns)
         # 2 * (values - subtrahends) * factors in one pass
         torch.ops.aten.mse_loss_backward.grad_input(factors, values, subtrahends, 0, grad_input=values)
         return out
 
     def _units(self, words: torch.Tensor) -> torch.Tensor:
         """The block's units, each with all exponent bits set, int32 `[units, 1, N]`."""
-        if self.bits == 3:
-            words = words.view(-1, 3, self.columns)
-            units = words.new_empty(len(words), 8, self.columns)
+        if self._bits == 3:
+            words = words.view(-1, 3, self._columns)
+            units = words.new_empty(len(words), 8, self._columns)
             for i in range(8):
                 word, shift = divmod(12 * i, 32)
                 torch.bitwise_right_shift(words[:, word], shift, out=units[:, i])
@@ -109,7 +107,7 @@ class Decoder:
                     units[:, i].bitwise_and_((1 << low_bits) - 1).bitwise_or_(words[:, word + 1] << low_bits)
             units.bitwise_or_(_EXPONENT_BITS)
         else:
-            units = words.new_empty(len(words), 2, self.columns)
+            units = words.new_empty(len(words), 2, self._columns)
             torch.bitwise_or(words, _EXPONENT_BITS, out=units[:, 0])
             torch.bitwise_right_shift(words, 16, out=units[:, 1]).bitwise_or_(_EXPONENT_BITS)
-        return units.view(-1, 1, self.columns)
+        return units.view(-1, 1, self._columns)

@@ -1,8 +1,7 @@
 """The packed products in plain PyTorch: the path of every device without a kernel of its own.
 
 On the CPU the products decode a block of rows at a time into the same memory, and so does the scale gradient on every
-device: no dense weight and no dense gradient of it ever exists. `*packed` stands for the arguments from `qweight` to
-`zero_offset` of `library.py`'s table.
+device: no dense weight and no dense gradient of it ever exists.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ from typing import Any
 
 import torch
 
-from . import few_tokens
+from ..dispatch import compute_dtype
+from . import few_tokens, operators
 from .decode import ROW_ALIGNMENT, Decoder, blocks
+from .operators import PackedWeight
 
 
 _DECODE_BLOCK_ELEMENTS = 1 << 20
@@ -21,57 +22,44 @@ _PRODUCT_BLOCK_ROWS = 512
 _GRADIENT_BLOCK_ROWS = 512
 
 
-def dequantize(
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
-    weight = torch.empty(decoder.rows, decoder.columns, dtype=dtype, device=qweight.device)
-    target = _DECODE_BLOCK_ELEMENTS // decoder.columns
-    buffer = None if dtype == torch.float32 else _buffer(decoder, target)
-    for block in blocks(decoder.rows, target, group_size, g_idx):
-        out = weight[block.start : block.stop]
+@operators.dequantize.eager
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    decoder = Decoder(weight)
+    dense = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.qweight.device)
+    target = _DECODE_BLOCK_ELEMENTS // weight.columns
+    buffer = None if dtype == torch.float32 else _buffer(weight, target)
+    for block in blocks(weight, target):
+        out = dense[block.start : block.stop]
         if buffer is None:
             decoder.decode(block, out)
         else:
             out.copy_(decoder.decode(block, buffer[: len(out)]))
-    return weight
+    return dense
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """16-bit products run in fp32 on the CPU: without AVX512-BF16 its bf16 product is two orders slower."""
-    return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
-
-
-def _buffer(decoder: Decoder, target: int) -> torch.Tensor:
+def _buffer(weight: PackedWeight, target: int) -> torch.Tensor:
     """Room for any of the blocks of about `target` rows."""
-    return torch.empty(max(target, ROW_ALIGNMENT), decoder.columns, device=decoder.qweight.device)
+    return torch.empty(max(target, ROW_ALIGNMENT), weight.columns, device=weight.qweight.device)
 
 
-def _decoded(
-    decoder: Decoder, tokens: int, group_size: int, g_idx: torch.Tensor | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _decoded(weight: PackedWeight, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Runs of rows long enough for a product, with their fp32 values, which the next run overwrites.
 
     A run takes no more memory than twice what so many tokens take, or 512 rows and a block.
     """
+    decoder = Decoder(weight)
     run = max(_PRODUCT_BLOCK_ROWS, 2 * tokens)
-    target = _DECODE_BLOCK_ELEMENTS // decoder.columns
-    buffer = _buffer(decoder, min(run, decoder.rows) + max(target, ROW_ALIGNMENT))
+    target = _DECODE_BLOCK_ELEMENTS // weight.columns
+    buffer = _buffer(weight, min(run, weight.rows) + max(target, ROW_ALIGNMENT))
     start = 0
-    for block in blocks(decoder.rows, target, group_size, g_idx):
+    for block in blocks(weight, target):
         decoder.decode(block, buffer[block.start - start : block.stop - start])
-        if block.stop - start >= run or block.stop == decoder.rows:
+        if block.stop - start >= run or block.stop == weight.rows:
             yield slice(start, block.stop), buffer[: block.stop - start]
             start = block.stop
 
 
+@operators.add_product_.eager
 def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     dtype = compute_dtype(y)
     if dtype == y.dtype:
@@ -80,69 +68,54 @@ def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: flo
         y.add_((a.to(dtype) @ b.to(dtype)).to(y.dtype), alpha=scaling)
 
 
-def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
+@operators.linear.eager
+def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if x.device.type != "cpu":
-        return x @ dequantize(*(*packed, x.dtype))
+        return x @ dequantize(weight, x.dtype)
     tokens = x.reshape(-1, x.shape[-1])
-    y = few_tokens.product(tokens, *packed) if 0 < len(tokens) <= few_tokens.MAX_TOKENS else None
+    y = few_tokens.linear(tokens, weight)
     if y is None:
-        y = _linear_in_blocks(tokens.to(compute_dtype(x)), *packed)
+        y = _linear_in_blocks(tokens.to(compute_dtype(x)), weight)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
 
 
-def _linear_in_blocks(
-    tokens: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
-    decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
-    y = tokens.new_empty(len(tokens), decoder.columns)
-    for rows, weight in _decoded(decoder, len(tokens), group_size, g_idx):
+def _linear_in_blocks(tokens: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    y = tokens.new_empty(len(tokens), weight.columns)
+    for rows, dense in _decoded(weight, len(tokens)):
         if rows.start == 0:
-            torch.mm(tokens[:, rows], weight, out=y)
+            torch.mm(tokens[:, rows], dense, out=y)
         else:
-            y.addmm_(tokens[:, rows], weight)
+            y.addmm_(tokens[:, rows], dense)
     return y
 
 
-def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
+@operators.linear_grad_x.eager
+def linear_grad_x(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if dy.device.type != "cpu":
-        return dy @ dequantize(*(*packed, dy.dtype)).t()
-    qweight, qzeros, scales, g_idx, bits, group_size, zero_offset = packed
-    decoder = Decoder(qweight, qzeros, scales, bits, zero_offset)
+        return dy @ dequantize(weight, dy.dtype).t()
     tokens = dy.reshape(-1, dy.shape[-1]).to(compute_dtype(dy))
-    dx = tokens.new_empty(len(tokens), decoder.rows)
-    for rows, weight in _decoded(decoder, len(tokens), group_size, g_idx):
-        torch.mm(tokens, weight.t(), out=dx[:, rows])
-    return dx.view(*dy.shape[:-1], decoder.rows).to(dy.dtype)
+    dx = tokens.new_empty(len(tokens), weight.rows)
+    for rows, dense in _decoded(weight, len(tokens)):
+        torch.mm(tokens, dense.t(), out=dx[:, rows])
+    return dx.view(*dy.shape[:-1], weight.rows).to(dy.dtype)
 
 
+@operators.linear_grad_scales.eager
 def linear_grad_scales(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
+    x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
+    weight = PackedWeight(qweight, qzeros, torch.ones(len(qzeros), 1, device=qzeros.device), *layout)
     dtype = compute_dtype(x)
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
-    decoder = Decoder(qweight, qzeros, None, bits, zero_offset)
-    grad = torch.zeros(len(qzeros), decoder.columns, dtype=torch.float32, device=dy.device)
-    buffer = _buffer(decoder, _GRADIENT_BLOCK_ROWS)
-    for block in blocks(decoder.rows, _GRADIENT_BLOCK_ROWS, group_size, g_idx):
+    decoder = Decoder(weight)
+    grad = torch.zeros(len(qzeros), weight.columns, dtype=torch.float32, device=dy.device)
+    buffer = _buffer(weight, _GRADIENT_BLOCK_ROWS)
+    for block in blocks(weight, _GRADIENT_BLOCK_ROWS):
         centered = decoder.decode(block, buffer[: block.stop - block.start])
         products = centered.mul_(x[:, block.start : block.stop].t() @ dy)
         if isinstance(block.groups, slice):
-            grad[block.groups] += products.view(block.groups.stop - block.groups.start, -1, decoder.columns).sum(1)
+            grad[block.groups] += products.view(block.groups.stop - block.groups.start, -1, weight.columns).sum(1)
         else:
             grad.index_add_(0, block.groups.to(grad.device), products)
     return grad

@@ -20,11 +20,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .operators import PackedWeight
 from .packing import unpack_rows, unpack_zeros
 
 
-MAX_TOKENS = 8
-
+_MAX_TOKENS = 8
 _HAS_KERNEL = "fbgemm" in torch.backends.quantized.supported_engines
 
 # what `_weight_int4pack_mm_for_cpu` takes
@@ -67,43 +67,26 @@ class _Table:
 _tables = WeakIdKeyDictionary()
 
 
-def product(
-    tokens: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor | None:
+def linear(tokens: torch.Tensor, weight: PackedWeight) -> torch.Tensor | None:
     """`tokens @ W`: `[M, K]` -> `[M, N]`, in fp32 but by the kernel for bfloat16.
 
-    None where a table cannot hold the weight or be kept up to date: codes of 8 bits whose zero points differ, tensors
-    made in inference mode, no kernel for this CPU.
+    None for more than 8 tokens or none, and where a table cannot hold the weight or be kept up to date: codes of 8
+    bits whose zero points differ, tensors made in inference mode, no kernel for this CPU.
     """
-    packed = [tensor for tensor in (qweight, qzeros, g_idx) if tensor is not None]
-    if not _HAS_KERNEL or any(tensor.is_inference() for tensor in packed):
+    packed = [tensor for tensor in (weight.qweight, weight.qzeros, weight.g_idx) if tensor is not None]
+    if not 0 < len(tokens) <= _MAX_TOKENS or not _HAS_KERNEL or any(tensor.is_inference() for tensor in packed):
         return None
     bfloat16 = tokens.dtype == torch.bfloat16
-    arguments = (bits, group_size, zero_offset, g_idx is None, bfloat16)
-    table = _tables.get(qweight)
+    arguments = (weight.bits, weight.group_size, weight.zero_offset, weight.g_idx is None, bfloat16)
+    table = _tables.get(weight.qweight)
     if table is None or table.arguments != arguments or not all(map(_State.is_of, table.made_from, packed)):
         made_from = [_State(tensor) for tensor in packed]
-        made = _make_product(bfloat16, qweight, qzeros, g_idx, bits, group_size, zero_offset)
-        table = _tables[qweight] = _Table(made_from, arguments, made)
-    return table.product and table.product(tokens, scales)
+        table = _tables[weight.qweight] = _Table(made_from, arguments, _make_product(bfloat16, weight))
+    return table.product and table.product(tokens, weight.scales)
 
 
-def _make_product(
-    bfloat16: bool,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> _Product | None:
+def _make_product(bfloat16: bool, weight: PackedWeight) -> _Product | None:
+    qweight, qzeros, _, g_idx, bits, group_size, zero_offset = weight
     codes, zeros = unpack_rows(qweight, bits), unpack_zeros(qzeros, bits, zero_offset)
     if bfloat16 and _is_int4(codes, zeros, g_idx, bits, group_size):
         return _int4_product(codes, group_size)

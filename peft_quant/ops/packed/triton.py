@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.library import wrap_triton
 
-from . import eager
+from ..dispatch import launcher
+from . import eager, operators
+from .operators import PackedWeight
 
 
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
@@ -269,118 +269,79 @@ def _sum_over_rows_kernel(
     tl.store(out_ptr + (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * columns + column[None, :], sums, mask=mask)
 
 
-def _launcher(kernel: Any, tensor: torch.Tensor) -> Any:
-    """The kernel, in the form that the compiler sees through where the tensor is one being traced."""
-    return wrap_triton(kernel) if isinstance(tensor, FunctionalTensor) else kernel
-
-
-def _layout(rows: int, bits: int, group_size: int, zero_offset: int, g_idx: torch.Tensor | None) -> dict[str, Any]:
+def _layout(weight: PackedWeight) -> dict[str, Any]:
     """The kernels' arguments for how codes and groups are laid out."""
+    unit, group_size = _UNIT_CODES[weight.bits], weight.group_size
     grouping = _GROUP_INDEX
-    if g_idx is None:
-        grouping = _GROUP_OF_ROW if group_size % _UNIT_CODES[bits] and group_size < rows else _GROUP_OF_UNIT
-    return {"BITS": bits, "UNIT": _UNIT_CODES[bits], "V1": zero_offset, "GROUPING": grouping.value}
+    if weight.g_idx is None:
+        grouping = _GROUP_OF_ROW if group_size % unit and group_size < weight.rows else _GROUP_OF_UNIT
+    return {"BITS": weight.bits, "UNIT": unit, "V1": weight.zero_offset, "GROUPING": grouping.value}
 
 
-def dequantize(
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    rows, columns = qweight.shape[0] * 32 // bits, qweight.shape[1]
+@operators.dequantize.triton
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    qweight, qzeros, scales, g_idx, bits, group_size, _ = weight
+    rows, columns = weight.rows, weight.columns
     tile_rows, tile_columns = _DECODE_TILE if g_idx is None else _ACT_ORDER_TILE
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
-    _launcher(_dequantize_kernel, qweight)[grid](
-        qweight,
-        qzeros,
-        scales,
-        g_idx,
-        out,
-        rows,
-        columns,
-        group_size,
-        **_layout(rows, bits, group_size, zero_offset, g_idx),
+    launcher(_dequantize_kernel, qweight)[grid](
+        qweight, qzeros, scales, g_idx, out, rows, columns, group_size,
+        **_layout(weight),
         UNITS=tile_rows // _UNIT_CODES[bits],
         COLUMNS=tile_columns,
         num_warps=4 if g_idx is None else 1,
-    )
+    )  # fmt: skip
     return out
 
 
-def linear(x: torch.Tensor, *packed: Any) -> torch.Tensor:
-    bits, weights = packed[4], x.shape[-1] * packed[0].shape[1]
-    if 0 < x.numel() // x.shape[-1] <= _FEW_TOKENS and bits in _FEW_TOKENS_BITS and weights >= _FEW_TOKENS_WEIGHTS:
-        return _linear_for_few_tokens(x, *packed)
-    return x @ dequantize(*(*packed, x.dtype))
+@operators.linear.triton
+def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    weights = weight.rows * weight.columns
+    few = 0 < x.numel() // x.shape[-1] <= _FEW_TOKENS
+    if few and weight.bits in _FEW_TOKENS_BITS and weights >= _FEW_TOKENS_WEIGHTS:
+        return _linear_for_few_tokens(x, weight)
+    return x @ dequantize(weight, x.dtype)
 
 
-def _linear_for_few_tokens(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-) -> torch.Tensor:
+def _linear_for_few_tokens(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """The weight is decoded in registers. Rows are split among programs, whose sums are then added up."""
-    rows, columns = x.shape[-1], qweight.shape[1]
+    qweight, qzeros, scales, g_idx, bits, group_size, _ = weight
+    rows, columns = x.shape[-1], weight.columns
     tokens = x.numel() // rows
     tile_rows, tile_columns = _FEW_TOKENS_TILE
     splits = min(triton.cdiv(rows, tile_rows), _FEW_TOKENS_SPLITS)
     sums = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
-    _launcher(_few_tokens_kernel, qweight)[(triton.cdiv(columns, tile_columns), splits)](
-        x.reshape(tokens, rows).contiguous(),
-        qweight,
-        qzeros,
-        scales,
-        g_idx,
-        sums,
-        tokens,
-        rows,
-        columns,
-        group_size,
-        **_layout(rows, bits, group_size, zero_offset, g_idx),
+    launcher(_few_tokens_kernel, qweight)[(triton.cdiv(columns, tile_columns), splits)](
+        x.reshape(tokens, rows).contiguous(), qweight, qzeros, scales, g_idx, sums, tokens, rows, columns, group_size,
+        **_layout(weight),
         UNITS=tile_rows // _UNIT_CODES[bits],
         COLUMNS=tile_columns,
         TOKENS=max(16, triton.next_power_of_2(tokens)),
         SPLITS=splits,
         num_warps=2,
-    )
+    )  # fmt: skip
     return torch.ops.aten._unsafe_view(sums.sum(0).to(x.dtype), (*x.shape[:-1], columns))
 
 
+@operators.add_product_.triton
 def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     """In compiled code `addmm` would copy `y` first."""
     rows, columns = y.shape
     tile_rows, tile_columns = _ADD_PRODUCT_TILE
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
-    _launcher(_add_product_kernel, y)[grid](
-        y,
-        a,
-        b,
-        rows,
-        columns,
-        a.shape[1],
-        scaling,
-        *a.stride(),
-        *b.stride(),
+    launcher(_add_product_kernel, y)[grid](
+        y, a, b, rows, columns, a.shape[1], scaling, *a.stride(), *b.stride(),
         ROWS=tile_rows,
         COLUMNS=tile_columns,
         RANK=16 if a.shape[1] <= 16 else 32,
         num_warps=4,
-    )
+    )  # fmt: skip
 
 
-def linear_grad_x(dy: torch.Tensor, *packed: Any) -> torch.Tensor:
-    return dy @ dequantize(*(*packed, dy.dtype)).t()
+@operators.linear_grad_x.triton
+def linear_grad_x(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    return dy @ dequantize(weight, dy.dtype).t()
 
 
 def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
@@ -398,25 +359,20 @@ def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
     return None
 
 
+@operators.linear_grad_scales.triton
 def linear_grad_scales(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
+    x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
     """`dW` is formed by cuBLAS, in the dtype of `x` and a tile of rows at a time, and summed at once by a kernel.
 
     In act-order its rows are formed in the order of their groups. On an H100 one kernel that kept `dW` in registers
     was slower.
     """
+    g_idx, bits, group_size, zero_offset = layout
     rows, columns = x.shape[-1], dy.shape[-1]
     tile = _tile(rows, group_size, bits)
     if tile is None:
-        return eager.linear_grad_scales(x, dy, qweight, qzeros, g_idx, bits, group_size, zero_offset)
+        return eager.linear_grad_scales(x, dy, qweight, qzeros, *layout)
     tile_rows, tile_groups = tile
     tiles = triton.cdiv(rows, tile_rows)
     sums = torch.empty(tiles * tile_groups, columns, dtype=torch.float32, device=x.device)
@@ -430,16 +386,8 @@ def linear_grad_scales(
         first_row = first_tile * tile_rows
         dw = x[:, first_row : first_row + tiles_in_product * tile_rows].t() @ dy
         grid = (triton.cdiv(columns, _TILE_COLUMNS), triton.cdiv(dw.shape[0], tile_rows))
-        _launcher(_sum_over_rows_kernel, qweight)[grid](
-            dw,
-            qweight,
-            qzeros,
-            order,
-            sums,
-            first_tile,
-            rows,
-            columns,
-            group_size,
+        launcher(_sum_over_rows_kernel, qweight)[grid](
+            dw, qweight, qzeros, order, sums, first_tile, rows, columns, group_size,
             BITS=bits,
             UNIT=_UNIT_CODES[bits],
             V1=zero_offset,
@@ -448,7 +396,7 @@ def linear_grad_scales(
             GROUPS=tile_groups,
             COLUMNS=_TILE_COLUMNS,
             num_warps=4,
-        )
+        )  # fmt: skip
     groups = qzeros.shape[0]
     if tile_rows >= group_size or tiles == groups:
         return sums[:groups]

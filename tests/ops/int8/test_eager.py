@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from peft_quant import ops
-from peft_quant.ops import reference
+from peft_quant.ops import EncodedWeight, reference
 from peft_quant.ops.int8 import eager as int8
+from peft_quant.ops.int8 import operators
 from peft_quant.ops.rounding import dither, random_key, random_words, round_to_dtype
 
 
@@ -138,7 +139,7 @@ class TestWeight:
         weight = random(7, 128)
         parts = ops.encode_weight(weight, outliers, groups)
         _, scales, columns, values = parts
-        decoded = ops.decode_weight(*parts, torch.float32)
+        decoded = ops.decode_weight(parts, torch.float32)
         assert torch.equal(decoded, reference.int8_decode(*parts))
         bound = scales.repeat_interleave(128 // groups, dim=1) * (0.5 + 1e-4)
         assert ((decoded - weight).abs() <= bound).all()
@@ -154,14 +155,14 @@ class TestWeight:
         weight[:, 17] = 5
         with_outliers, without = (ops.encode_weight(weight, r) for r in (2, 0))
         error, error_without = (
-            (ops.decode_weight(*parts, torch.float32) - weight).norm() for parts in (with_outliers, without)
+            (ops.decode_weight(parts, torch.float32) - weight).norm() for parts in (with_outliers, without)
         )
         assert error < error_without / 20
 
     def test_decoding_rounds_once(self):
         parts = ops.encode_weight(random(9, 70), 2)
         parts[0].add_(1)  # outliers have codes of their own from the first update on
-        decoded = ops.decode_weight(*parts, torch.bfloat16)
+        decoded = ops.decode_weight(parts, torch.bfloat16)
         assert torch.equal(decoded, reference.int8_decode(*parts).bfloat16())
 
     def test_rows_of_zeros_can_still_learn(self):
@@ -178,20 +179,20 @@ class TestWeight:
         assert (columns.dtype, columns.item(), values.item()) == (torch.int32, 39_999, 1)
 
 
-def mirrored(codes, scales):
-    """The same weight, by negative scales."""
-    return codes.neg(), scales.neg()
+def mirrored(weight):
+    """The same weight without outliers, by negative scales."""
+    return EncodedWeight(weight.codes.neg(), weight.scales.neg(), None, None)
 
 
 class TestNegativeScales:
     def test_decoding(self):
-        parts = [*mirrored(*ops.encode_weight(random(7, 128), 0, 4)[:2]), None, None]
-        assert torch.equal(ops.decode_weight(*parts, torch.float32), reference.int8_decode(*parts))
+        parts = mirrored(ops.encode_weight(random(7, 128), 0, 4))
+        assert torch.equal(ops.decode_weight(parts, torch.float32), reference.int8_decode(*parts))
 
     def test_a_step_is_that_of_the_mirrored_weight(self):
         state, other = (State((5, 300), groups=3) for _ in range(2))
         state.weight.clamp_(-100, 100)
-        other.weight, other.scales = mirrored(state.weight, state.scales)
+        other.weight, other.scales = state.weight.neg(), state.scales.neg()
         start, lr = state.decoded(), 3 * state.scales.min().item()
         for key in range(3):
             for each in (state, other):
@@ -200,21 +201,23 @@ class TestNegativeScales:
         assert torch.equal(other.decoded(), state.decoded())
 
     def test_a_refresh_keeps_what_fits(self):
-        codes, scales = mirrored(*ops.encode_weight(random(6, 300), 0)[:2])
+        weight = mirrored(ops.encode_weight(random(6, 300), 0))
+        codes, scales, *_ = weight
         codes.clamp_(-126, 126)
         before = codes.clone(), scales.clone()
         for key in range(20):
-            ops.refresh_weight(codes, scales, None, None, key)
+            ops.refresh_weight(weight, key)
         assert torch.equal(codes, before[0])
         assert torch.equal(scales, before[1])
 
     def test_a_refresh_gives_room_at_the_edge(self):
-        codes, scales = mirrored(*ops.encode_weight(random(6, 300), 0)[:2])
+        weight = mirrored(ops.encode_weight(random(6, 300), 0))
+        codes, scales, *_ = weight
         codes[:, 5] = -128
-        before = ops.decode_weight(codes, scales, None, None, torch.float32)
-        ops.refresh_weight(codes, scales, None, None, 1)
+        before = ops.decode_weight(weight, torch.float32)
+        ops.refresh_weight(weight, 1)
         assert codes.abs().max() < 115
-        after = ops.decode_weight(codes, scales, None, None, torch.float32)
+        after = ops.decode_weight(weight, torch.float32)
         assert ((after - before).abs() <= scales.abs()).all()
 
 
@@ -224,26 +227,28 @@ class TestRefresh:
         parts[0].clamp_(-126, 126)
         before = [part.clone() for part in parts]
         for key in range(20):
-            ops.refresh_weight(*parts, key)
+            ops.refresh_weight(parts, key)
         assert all(torch.equal(part, old) for part, old in zip(parts, before))
 
     def test_gives_room_where_codes_are_at_the_edge(self):
-        codes, scales, *_ = ops.encode_weight(random(6, 300), 0)
-        before = ops.decode_weight(codes, scales, None, None, torch.float32)
+        weight = ops.encode_weight(random(6, 300), 0)
+        codes, scales, *_ = weight
+        before = ops.decode_weight(weight, torch.float32)
         old = scales.clone()
-        ops.refresh_weight(codes, scales, None, None, 1)
+        ops.refresh_weight(weight, 1)
         torch.testing.assert_close(scales, old * 1.125, rtol=2**-11, atol=0)  # scales are rounded to fp16
         assert codes.abs().max() < 115
-        after = ops.decode_weight(codes, scales, None, None, torch.float32)
+        after = ops.decode_weight(weight, torch.float32)
         assert ((after - before).abs() <= scales).all()
 
     def test_takes_small_rows_up_and_is_unbiased(self):
         codes = torch.full((1, 4096), 11, dtype=torch.int8)
         codes[0, 0] = 60
         scales = torch.tensor([[0.5]])
-        ops.refresh_weight(codes, scales, None, None, 1)
+        weight = EncodedWeight(codes, scales, None, None)
+        ops.refresh_weight(weight, 1)
         torch.testing.assert_close(scales, torch.tensor([[60 * 0.5 * 1.125 / 127]]), rtol=2**-11, atol=0)
-        decoded = ops.decode_weight(codes, scales, None, None, torch.float32)[0, 1:]
+        decoded = ops.decode_weight(weight, torch.float32)[0, 1:]
         assert (decoded != 5.5).any()
         assert abs(decoded.mean() - 5.5) < scales.item() * spread(1, 4095)
 
@@ -252,17 +257,17 @@ class TestRefresh:
         parts = ops.encode_weight(weight, 2)
         _, scales, columns, values = parts
         values.mul_(0.01)  # no longer the largest
-        dense = ops.decode_weight(*parts, torch.float32)
-        ops.refresh_weight(*parts, 1)
+        dense = ops.decode_weight(parts, torch.float32)
+        ops.refresh_weight(parts, 1)
         assert torch.equal(columns.long(), dense.abs().topk(2).indices.sort().values)
-        decoded = ops.decode_weight(*parts, torch.float32)
+        decoded = ops.decode_weight(parts, torch.float32)
         assert torch.equal(decoded.gather(1, columns.long()), dense.gather(1, columns.long()))
         assert ((decoded - dense).abs() <= scales * (1 + 1e-4)).all()
 
     def test_in_runs_of_rows(self, monkeypatch):
         def refreshed():
             parts = ops.encode_weight(random(7, 60), 2)
-            ops.refresh_weight(*parts, 1)
+            ops.refresh_weight(parts, 1)
             return parts
 
         expected = refreshed()
@@ -285,15 +290,16 @@ class State:
         self.skipped = torch.zeros((), dtype=torch.int32)
 
     def step(self, gradient, gradient_scales=None, norm=1.0, rounding=ops.STOCHASTIC, key=0, **options):
-        ops.lion_step(
+        step = ops.LionStep(
             self.weight, self.scales, gradient, gradient_scales, self.momentum, self.momentum_scales, self.residual,
             torch.tensor(norm), self.skipped, **{**STEP, **options}, rounding=rounding, key=key,
         )  # fmt: skip
+        ops.lion_step(step)
 
     def decoded(self):
         if self.scales is None:
             return self.weight.float()
-        return ops.decode_weight(self.weight, self.scales, None, None, torch.float32)
+        return ops.decode_weight(EncodedWeight(self.weight, self.scales, None, None), torch.float32)
 
     def tensors(self):
         return [self.weight, self.momentum, self.momentum_scales, self.residual]
@@ -429,17 +435,16 @@ class TestProducts:
         weight = reference.int8_decode(*parts)
         x, dy = random(2, 5, 70, seed=1).to(dtype), random(2, 5, 48, seed=2).to(dtype)
         b = random(48, seed=3).to(dtype) if bias else None
-        y = ops.int8_linear(x, *parts, b)
+        y = operators.int8_linear(x, parts, b)
         expected = x.float() @ weight.t() + (0 if b is None else b.float())
         # sums of 70 products in another order, rounded to the dtype once
         close = {"rtol": 2**-8 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-4}
         torch.testing.assert_close(y.float(), expected, **close)
-        torch.testing.assert_close(ops.int8_linear_grad_x(dy, *parts).float(), dy.float() @ weight, **close)
+        torch.testing.assert_close(operators.int8_linear_grad_x(dy, parts).float(), dy.float() @ weight, **close)
         assert y.dtype == dtype
 
 
 def test_opcheck():
-    operators = torch.ops.peft_quant
     x = random(3, 300)
     codes, scales, _ = ops.encode_gradient(x, 0)
     parts = ops.encode_weight(x, 3)
@@ -449,13 +454,13 @@ def test_opcheck():
         torch.tensor(1.0), state.skipped, 1.0, 1e-4, 0.9, 0.99, 0.1, ops.ERROR_FEEDBACK, 5,
     )  # fmt: skip
     with torch._dynamo.config.patch(disable=False):
-        torch.library.opcheck(operators.encode_gradient.default, (x, 0))
-        torch.library.opcheck(operators.accumulate_gradient.default, (codes.clone(), scales.clone(), x, 1))
+        torch.library.opcheck(torch.ops.peft_quant.encode_gradient.default, (x, 0))
+        torch.library.opcheck(torch.ops.peft_quant.accumulate_gradient.default, (codes.clone(), scales.clone(), x, 1))
         for outliers in (parts, (*parts[:2], None, None)):
-            torch.library.opcheck(operators.decode_weight.default, (*outliers, torch.bfloat16))
-            torch.library.opcheck(operators.int8_linear.default, (random(5, 300), *outliers, None))
-            torch.library.opcheck(operators.int8_linear.default, (random(2, 5, 300), *outliers, random(3)))
-            torch.library.opcheck(operators.int8_linear_grad_x.default, (random(2, 5, 3), *outliers))
-        torch.library.opcheck(operators.lion_step.default, step)
+            torch.library.opcheck(torch.ops.peft_quant.decode_weight.default, (*outliers, torch.bfloat16))
+            torch.library.opcheck(torch.ops.peft_quant.int8_linear.default, (random(5, 300), *outliers, None))
+            torch.library.opcheck(torch.ops.peft_quant.int8_linear.default, (random(2, 5, 300), *outliers, random(3)))
+            torch.library.opcheck(torch.ops.peft_quant.int8_linear_grad_x.default, (random(2, 5, 3), *outliers))
+        torch.library.opcheck(torch.ops.peft_quant.lion_step.default, step)
         dense = (*step[:2], x, None, *step[4:6], None, *step[7:-2], ops.STOCHASTIC, 5)
-        torch.library.opcheck(operators.lion_step.default, dense)
+        torch.library.opcheck(torch.ops.peft_quant.lion_step.default, dense)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from peft_quant.ops import random_key
+from peft_quant.ops import EncodedWeight, LionStep, random_key
 from peft_quant.ops.int8 import eager as int8
 from peft_quant.ops.int8 import triton as kernels
 
@@ -78,8 +78,8 @@ def test_decoding(shape, outliers, groups, dtype):
     parts = int8.encode_weight(random(*shape), outliers, groups)
     parts[0].add_(1)
     parts[1][::2] *= -1
-    expected = int8.decode_weight(*parts, dtype)
-    actual = kernels.decode_weight(*moved(parts), dtype)
+    expected = int8.decode_weight(parts, dtype)
+    actual = kernels.decode_weight(EncodedWeight(*moved(parts)), dtype)
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates to bf16, the GPU rounds
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
     else:
@@ -101,7 +101,8 @@ def lion(path, device, shape, dtype, groups, quantized, rounding, norm, signed=F
     tensors = [t if t is None else t.to(device) for t in tensors]
     norm, skipped = torch.tensor(norm, device=device), torch.tensor(0, dtype=torch.int32, device=device)
     for step in range(3):
-        path.lion_step(*tensors, norm, skipped, 1.0, 1e-4, 0.9, 0.99, 0.1, rounding, random_key(7, step))
+        options = (1.0, 1e-4, 0.9, 0.99, 0.1, rounding, random_key(7, step))
+        path.lion_step(LionStep(*tensors, norm, skipped, *options))
     return [*tensors, skipped]
 
 
@@ -140,10 +141,11 @@ def test_lion_on_floating_point_weights(shape, dtype, rounding):
 @pytest.mark.parametrize("bias", (None, 48))
 def test_products(bias):
     parts = int8.encode_weight(random(48, 70), 2)
+    weight = EncodedWeight(*moved(parts))
     x, dy = random(2, 5, 70, seed=1), random(2, 5, 48, seed=2)
     bias = None if bias is None else random(bias, seed=3)
-    y = kernels.int8_linear(x.to(DEVICE), *moved([*parts, bias]))
+    y = kernels.int8_linear(x.to(DEVICE), weight, *moved([bias]))
     # sums of 70 products in another order
-    torch.testing.assert_close(y.cpu(), int8.int8_linear(x, *parts, bias), rtol=1e-5, atol=1e-4)
-    dx = kernels.int8_linear_grad_x(dy.to(DEVICE), *moved(parts))
-    torch.testing.assert_close(dx.cpu(), int8.int8_linear_grad_x(dy, *parts), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(y.cpu(), int8.int8_linear(x, parts, bias), rtol=1e-5, atol=1e-4)
+    dx = kernels.int8_linear_grad_x(dy.to(DEVICE), weight)
+    torch.testing.assert_close(dx.cpu(), int8.int8_linear_grad_x(dy, parts), rtol=1e-5, atol=1e-4)

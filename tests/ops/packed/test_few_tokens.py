@@ -10,6 +10,7 @@ import torch
 from gptq_models import PlainLayer, random_packed
 
 from peft_quant import gptq, ops
+from peft_quant.ops import PackedWeight
 from peft_quant.ops.packed import eager, few_tokens
 
 
@@ -33,10 +34,8 @@ LAYOUTS = {
 def arguments(bits, layout="64", zero_offset=1, rows=256, columns=96, symmetric=False, **options):
     options = {"symmetric": symmetric, **LAYOUTS[layout], **options}
     packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **options)
-    tensors = packed.tensors
-    g_idx = tensors["g_idx"] if options.get("act_order") else None
-    scales = tensors["scales"].float()
-    return packed, (tensors["qweight"], tensors["qzeros"], scales, g_idx, bits, packed.group_size, zero_offset)
+    weight = packed.operand()
+    return packed, weight._replace(scales=weight.scales.float())
 
 
 def tokens(count, features=256, dtype=torch.float32):
@@ -64,10 +63,10 @@ def made(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_every_layout(bits, layout, zero_offset, made):
-    packed, arguments_ = arguments(bits, layout, zero_offset)
-    for count in (1, few_tokens.MAX_TOKENS):
+    packed, weight = arguments(bits, layout, zero_offset)
+    for count in (1, few_tokens._MAX_TOKENS):
         x = tokens(count)
-        close_to(ops.linear(x, *arguments_), x, packed.weight)
+        close_to(ops.linear(x, weight), x, packed.weight)
     assert len(made) == 1
 
 
@@ -75,25 +74,25 @@ def test_every_layout(bits, layout, zero_offset, made):
 @pytest.mark.parametrize("signed", (False, True))
 @pytest.mark.parametrize("symmetric", (True, False))
 def test_8_bits(symmetric, signed, zero_offset):
-    packed, arguments_ = arguments(8, zero_offset=zero_offset, symmetric=symmetric, signed=signed)
+    packed, weight = arguments(8, zero_offset=zero_offset, symmetric=symmetric, signed=signed)
     x = tokens(2)
-    assert (few_tokens.product(x, *arguments_) is None) == (not symmetric)
-    close_to(ops.linear(x, *arguments_), x, packed.weight)
+    assert (few_tokens.linear(x, weight) is None) == (not symmetric)
+    close_to(ops.linear(x, weight), x, packed.weight)
 
 
 @pytest.mark.parametrize(("rows", "columns"), ((32, 32), (96, 64), (160, 224), (1056, 32)))
 def test_sizes(rows, columns, made):
-    packed, arguments_ = arguments(4, "32", rows=rows, columns=columns)
+    packed, weight = arguments(4, "32", rows=rows, columns=columns)
     x = tokens(1, rows)
-    close_to(ops.linear(x, *arguments_), x, packed.weight)
+    close_to(ops.linear(x, weight), x, packed.weight)
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_16_bit_tokens_lose_only_the_rounding_of_the_output(dtype):
-    packed, arguments_ = arguments(4)
+    packed, weight = arguments(4)
     x = tokens(3, dtype=dtype)
-    y = ops.linear(x, *arguments_)
+    y = ops.linear(x, weight)
     assert y.dtype == dtype
     torch.testing.assert_close(y, (x.double() @ packed.weight.double()).to(dtype))
 
@@ -102,11 +101,10 @@ def test_16_bit_tokens_lose_only_the_rounding_of_the_output(dtype):
 @pytest.mark.parametrize("group_size", (32, 64, 128, 256))
 def test_4_bits_in_bfloat16(group_size, signed, made):
     packed = random_packed(4, 512, 96, group_size=group_size, symmetric=True, zero_offset=1, signed=signed)
-    tensors = packed.tensors
+    weight = packed.operand()
     x = tokens(3, 512, torch.bfloat16)
     for factor in (1.0, 0.5):
-        scales = tensors["scales"].float() * factor
-        y = ops.linear(x, tensors["qweight"], tensors["qzeros"], scales, None, 4, group_size, 1)
+        y = ops.linear(x, weight._replace(scales=weight.scales.float() * factor))
         assert y.dtype == torch.bfloat16
         # scales, weights and the output are rounded to 8 bits of precision
         limit = 3 * 2**-8 * factor * (x.abs().double() @ packed.weight.abs().double()).max()
@@ -115,77 +113,74 @@ def test_4_bits_in_bfloat16(group_size, signed, made):
 
 
 def test_written_scales_are_seen_in_bfloat16():
-    packed = random_packed(4, 512, 96, group_size=64, symmetric=True, zero_offset=1)
-    tensors = packed.tensors
-    x, scales = tokens(1, 512, torch.bfloat16), tensors["scales"].float()
-    first, second = (
-        ops.linear(x, tensors["qweight"], tensors["qzeros"], scales.mul_(2), None, 4, 64, 1) for _ in range(2)
-    )
+    weight = random_packed(4, 512, 96, group_size=64, symmetric=True, zero_offset=1).operand()
+    x, scales = tokens(1, 512, torch.bfloat16), weight.scales.float()
+    first, second = (ops.linear(x, weight._replace(scales=scales.mul_(2))) for _ in range(2))
     assert torch.equal(second, 2 * first)
 
 
 def test_leading_dimensions_and_no_tokens():
-    packed, arguments_ = arguments(4)
+    packed, weight = arguments(4)
     x = tokens(6).view(2, 3, 256)
-    close_to(ops.linear(x, *arguments_).view(6, 96), x.view(6, 256), packed.weight)
-    assert ops.linear(x[:, :0], *arguments_).shape == (2, 0, 96)
+    close_to(ops.linear(x, weight).view(6, 96), x.view(6, 256), packed.weight)
+    assert ops.linear(x[:, :0], weight).shape == (2, 0, 96)
 
 
 def test_more_tokens_make_no_table(made):
-    _, arguments_ = arguments(4)
-    ops.linear(tokens(few_tokens.MAX_TOKENS + 1), *arguments_)
+    _, weight = arguments(4)
+    ops.linear(tokens(few_tokens._MAX_TOKENS + 1), weight)
     assert not made
 
 
 def test_gradients_and_their_absence_make_no_difference():
     """A trained adapter's logits with gradients are the merged model's without."""
-    _, (qweight, qzeros, scales, *layout) = arguments(4)
+    _, weight = arguments(4)
     x = tokens(1)
-    frozen = ops.linear(x, qweight, qzeros, scales.half(), *layout)
-    trained = ops.linear(x.requires_grad_(), qweight, qzeros, scales.clone().requires_grad_(), *layout)
+    frozen = ops.linear(x, weight._replace(scales=weight.scales.half()))
+    trained = ops.linear(x.requires_grad_(), weight._replace(scales=weight.scales.clone().requires_grad_()))
     assert torch.equal(trained, frozen)
 
 
 def test_scales_may_change_between_calls(made):
-    packed, (qweight, qzeros, scales, *layout) = arguments(4)
+    packed, weight = arguments(4)
     x = tokens(1)
     for factor in (1.0, 0.5, -3.0):
-        close_to(ops.linear(x, qweight, qzeros, scales * factor, *layout), x, packed.weight * factor)
+        close_to(ops.linear(x, weight._replace(scales=weight.scales * factor)), x, packed.weight * factor)
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("change", ("written to", "given other data"))
 @pytest.mark.parametrize("position", (0, 1), ids=("qweight", "qzeros"))
 def test_a_changed_tensor_is_seen(change, position, made):
-    _, arguments_ = arguments(4)
+    _, weight = arguments(4)
     x = tokens(1)
-    ops.linear(x, *arguments_)
-    tensor = arguments_[position]
+    ops.linear(x, weight)
+    tensor = weight[position]
     new = tensor.flip(1)
     if change == "written to":
         tensor.copy_(new)
     else:
         tensor.data = new
-    close_to(ops.linear(x, *arguments_), x, eager.dequantize(*arguments_, torch.float32))
+    close_to(ops.linear(x, weight), x, eager.dequantize(weight, torch.float32))
     assert len(made) == 2
 
 
 def test_changed_g_idx_is_seen():
-    _, arguments_ = arguments(4, "act-order")
+    _, weight = arguments(4, "act-order")
     x = tokens(1)
-    ops.linear(x, *arguments_)
-    arguments_[3].copy_(arguments_[3].flip(0))
-    close_to(ops.linear(x, *arguments_), x, eager.dequantize(*arguments_, torch.float32))
+    ops.linear(x, weight)
+    weight.g_idx.copy_(weight.g_idx.flip(0))
+    close_to(ops.linear(x, weight), x, eager.dequantize(weight, torch.float32))
 
 
 def test_tensors_of_inference_mode_are_decoded(made):
-    packed, arguments_ = arguments(4)
+    packed, weight = arguments(4)
     x = tokens(1)
     with torch.inference_mode():
-        inference = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments_]
-        close_to(ops.linear(x, *inference), x, packed.weight)
+        inference = PackedWeight(*(t.clone() if isinstance(t, torch.Tensor) else t for t in weight))
+        close_to(ops.linear(x, inference), x, packed.weight)
         assert not made
-        close_to(ops.linear(x, *arguments_), x, packed.weight)
+        close_to(ops.linear(x, weight), x, packed.weight)
         assert len(made) == 1
 
 

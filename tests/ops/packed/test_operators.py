@@ -24,36 +24,32 @@ BITS = (2, 3, 4, 8)
 
 
 def arguments(bits, layout="grouped", zero_offset=1, **sizes):
-    options = LAYOUTS[layout]
-    packed = random_packed(bits, zero_offset=zero_offset, **sizes, **{"symmetric": False, **options})
-    tensors = packed.tensors
-    g_idx = tensors["g_idx"] if options.get("act_order") else None
-    return packed, (tensors["qweight"], tensors["qzeros"], tensors["scales"].float()), (g_idx, bits, packed.group_size)
+    packed = random_packed(bits, zero_offset=zero_offset, **sizes, **{"symmetric": False, **LAYOUTS[layout]})
+    weight = packed.operand()
+    return packed, weight._replace(scales=weight.scales.float())
 
 
 @pytest.mark.parametrize("zero_offset", (0, 1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantize_is_exact(bits, layout, zero_offset):
-    packed, tensors, layout_arguments = arguments(bits, layout, zero_offset)
-    weight = ops.dequantize(*tensors, *layout_arguments, zero_offset, torch.float32)
-    g_idx = packed.tensors["g_idx"]
-    assert torch.equal(weight, packed.weight)
-    assert torch.equal(weight, reference.dequantize(*tensors, g_idx, bits, zero_offset))
+    packed, weight = arguments(bits, layout, zero_offset)
+    dense = ops.dequantize(weight, torch.float32)
+    assert torch.equal(dense, packed.weight)
+    assert torch.equal(dense, reference.dequantize(*weight[:3], packed.tensors["g_idx"], bits, zero_offset))
 
 
 @pytest.mark.parametrize("layout", ("per channel", "grouped", "ragged", "act-order"))
 def test_dequantize_in_blocks_smaller_than_the_weight(layout, monkeypatch):
     monkeypatch.setattr(eager, "_DECODE_BLOCK_ELEMENTS", 32 * 64)
-    packed, tensors, layout_arguments = arguments(4, layout, rows=224)
-    assert torch.equal(ops.dequantize(*tensors, *layout_arguments, 1, torch.float32), packed.weight)
+    packed, weight = arguments(4, layout, rows=224)
+    assert torch.equal(ops.dequantize(weight, torch.float32), packed.weight)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_dequantize_rounds_the_fp32_weight_once(dtype):
-    packed, tensors, layout_arguments = arguments(4)
-    weight = ops.dequantize(*tensors, *layout_arguments, 1, dtype)
-    assert torch.equal(weight, packed.weight.to(dtype))
+    packed, weight = arguments(4)
+    assert torch.equal(ops.dequantize(weight, dtype), packed.weight.to(dtype))
 
 
 @pytest.mark.parametrize("tokens", (1, 7, 33))
@@ -61,17 +57,16 @@ def test_dequantize_rounds_the_fp32_weight_once(dtype):
 @pytest.mark.parametrize("bits", BITS)
 def test_linear_and_its_gradients(bits, layout, tokens, monkeypatch):
     monkeypatch.setattr(eager, "_GRADIENT_BLOCK_ROWS", 64)
-    packed, (qweight, qzeros, scales), layout_arguments = arguments(bits, layout)
-    g_idx = packed.tensors["g_idx"]
+    packed, weight = arguments(bits, layout)
+    g_idx, scales = packed.tensors["g_idx"], weight.scales.requires_grad_()
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 96, generator=generator).requires_grad_()
     dy = torch.randn(tokens, 64, generator=generator)
-    scales.requires_grad_()
 
-    y = ops.linear(x, qweight, qzeros, scales, *layout_arguments, 1)
+    y = ops.linear(x, weight)
     y.backward(dy)
 
-    centered = reference.centered_codes(qweight, qzeros, g_idx, bits, 1)
+    centered = reference.centered_codes(weight.qweight, weight.qzeros, g_idx, bits, 1)
     # fp32 sums of at most 96 products in another order: a few units in the last place of the largest
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(y, reference.linear(x, packed.weight), **close)
@@ -83,12 +78,12 @@ def test_linear_and_its_gradients(bits, layout, tokens, monkeypatch):
 @pytest.mark.parametrize("tokens", (1, 33))
 @pytest.mark.parametrize("bits", BITS)
 def test_autocast_is_left_to_the_model(bits, tokens):
-    _, tensors, layout_arguments = arguments(bits)
+    _, weight = arguments(bits)
     x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0))
-    expected = ops.linear(x, *tensors, *layout_arguments, 1)
+    expected = ops.linear(x, weight)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            assert torch.equal(ops.linear(x, *tensors, *layout_arguments, 1), expected)
+            assert torch.equal(ops.linear(x, weight), expected)
 
 
 def lora_factors(rank=4):
@@ -99,11 +94,11 @@ def lora_factors(rank=4):
 @pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order", "signed"))
 @pytest.mark.parametrize("bits", BITS)
 def test_lora_linear_and_its_gradients(bits, layout):
-    packed, tensors, layout_arguments = arguments(bits, layout)
+    packed, weight = arguments(bits, layout)
     a, b = lora_factors()
     x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dy = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
-    y = ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+    y = ops.lora_linear(x, a, b, 0.5, weight)
     expected = x @ (packed.weight + 0.5 * a.t() @ b.t())
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     for actual, gradient in zip(torch.autograd.grad(y, (x, a, b), dy), torch.autograd.grad(expected, (x, a, b), dy)):
@@ -112,10 +107,10 @@ def test_lora_linear_and_its_gradients(bits, layout):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_lora_linear_in_16_bits(dtype):
-    packed, tensors, layout_arguments = arguments(4)
+    packed, weight = arguments(4)
     a, b = lora_factors()
     x = torch.randn(9, 96, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    y = ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+    y = ops.lora_linear(x, a, b, 0.5, weight)
     assert y.dtype == dtype
     y.sum().backward()
     assert (x.grad.dtype, a.grad.dtype, b.grad.dtype) == (dtype, torch.float32, torch.float32)
@@ -125,7 +120,7 @@ def test_lora_linear_in_16_bits(dtype):
 
 
 def test_lora_linear_keeps_what_its_gradients_need():
-    _, tensors, layout_arguments = arguments(4)
+    _, weight = arguments(4)
     a, b = lora_factors()
     x = torch.randn(9, 96, requires_grad=True)
 
@@ -134,7 +129,7 @@ def test_lora_linear_keeps_what_its_gradients_need():
             factor.requires_grad_(not any(factor is other for other in frozen))
         shapes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-            ops.lora_linear(x, a, b, 0.5, *tensors, *layout_arguments, 1)
+            ops.lora_linear(x, a, b, 0.5, weight)
         return {shape for shape in shapes if shape[0] == 9}
 
     assert kept() == {(9, 96), (9, 4)}
@@ -143,34 +138,34 @@ def test_lora_linear_keeps_what_its_gradients_need():
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_16_bit_activations_lose_only_their_own_rounding(dtype):
-    packed, (qweight, qzeros, scales), layout_arguments = arguments(4)
+    packed, weight = arguments(4)
     x = torch.randn(9, 96, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    scales.requires_grad_()
-    y = ops.linear(x, qweight, qzeros, scales, *layout_arguments, 1)
+    weight.scales.requires_grad_()
+    y = ops.linear(x, weight)
     assert y.dtype == dtype
     torch.testing.assert_close(y, reference.linear(x, packed.weight).to(dtype))
     y.sum().backward()
     assert x.grad.dtype == dtype
-    assert scales.grad.dtype == torch.float32
+    assert weight.scales.grad.dtype == torch.float32
 
 
 def test_leading_dimensions_are_tokens():
-    packed, tensors, layout_arguments = arguments(4)
+    packed, weight = arguments(4)
     x = torch.randn(2, 3, 96)
-    y = ops.linear(x, *tensors, *layout_arguments, 1)
+    y = ops.linear(x, weight)
     assert y.shape == (2, 3, 64)
     torch.testing.assert_close(y, x @ packed.weight)
 
 
 @pytest.mark.parametrize("tokens", (2, 20))
 def test_what_follows_may_write_to_the_output(tokens):
-    _, tensors, layout = arguments(4)
-    a = torch.randn(4, tensors[0].shape[0] * 8, requires_grad=True)
-    b = torch.randn(tensors[0].shape[1], 4, requires_grad=True)
+    _, weight = arguments(4)
+    a = torch.randn(4, weight.rows, requires_grad=True)
+    b = torch.randn(weight.columns, 4, requires_grad=True)
     x = torch.randn(1, tokens, a.shape[1], requires_grad=True)
     for product in (
-        lambda: ops.linear(x, *tensors, *layout, 1),
-        lambda: ops.lora_linear(x, a, b, 0.5, *tensors, *layout, 1),
+        lambda: ops.linear(x, weight),
+        lambda: ops.lora_linear(x, a, b, 0.5, weight),
     ):
         written = product()
         written += x.sum()
@@ -180,49 +175,43 @@ def test_what_follows_may_write_to_the_output(tokens):
 
 
 def test_gradients_agree_with_finite_differences():
-    _, (qweight, qzeros, scales), layout_arguments = arguments(4, rows=64, columns=32)
+    _, weight = arguments(4, rows=64, columns=32)
     x = torch.randn(3, 64)
-    scales.requires_grad_()
+    scales = weight.scales.requires_grad_()
     dy = torch.randn(3, 32)
-    (ops.linear(x, qweight, qzeros, scales, *layout_arguments, 1) * dy).sum().backward()
+    (ops.linear(x, weight) * dy).sum().backward()
     step = torch.zeros_like(scales)
     step[1, 5] = 1e-2
     with torch.no_grad():
-        up, down = (ops.linear(x, qweight, qzeros, scales + s, *layout_arguments, 1) for s in (step, -step))
+        up, down = (ops.linear(x, weight._replace(scales=scales + s)) for s in (step, -step))
     torch.testing.assert_close(scales.grad[1, 5], ((up - down) * dy).sum() / 2e-2, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order"))
 @pytest.mark.parametrize("bits", (3, 4))
 def test_opcheck(bits, layout):
-    _, (qweight, qzeros, scales), layout_arguments = arguments(bits, layout)
+    _, weight = arguments(bits, layout)
     x = torch.randn(5, 96)
     dy = torch.randn(5, 64)
     operators = torch.ops.peft_quant
     with torch._dynamo.config.patch(disable=False):
-        torch.library.opcheck(
-            operators.dequantize.default, (qweight, qzeros, scales, *layout_arguments, 1, torch.float32)
-        )
-        torch.library.opcheck(
-            operators.linear.default,
-            (x, qweight, qzeros, scales, *layout_arguments, 1),
-        )
-        packed = (qweight, qzeros, scales, *layout_arguments, 1)
-        torch.library.opcheck(operators.linear_grad_x.default, (dy, *packed))
-        torch.library.opcheck(operators.linear_grad_scales.default, (x, dy, qweight, qzeros, *layout_arguments, 1))
+        torch.library.opcheck(operators.dequantize.default, (*weight, torch.float32))
+        torch.library.opcheck(operators.linear.default, (x, *weight))
+        torch.library.opcheck(operators.linear_grad_x.default, (dy, *weight))
+        torch.library.opcheck(operators.linear_grad_scales.default, (x, dy, *weight[:2], *weight[3:]))
 
 
 @pytest.mark.parametrize("layout", ("per channel", "grouped"))
 def test_compiles_without_graph_breaks(layout):
-    _, (qweight, qzeros, scales), layout_arguments = arguments(4, layout)
+    _, weight = arguments(4, layout)
 
     def loss(x, scales):
-        y = ops.linear(torch.relu(x), qweight, qzeros, scales * 1.0, *layout_arguments, 1)
+        y = ops.linear(torch.relu(x), weight._replace(scales=scales * 1.0))
         return (y * y).sum()
 
     def gradients(function):
         x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        trained = scales.clone().requires_grad_()
+        trained = weight.scales.clone().requires_grad_()
         function(x, trained).backward()
         return x.grad, trained.grad
 
@@ -233,10 +222,10 @@ def test_compiles_without_graph_breaks(layout):
 
 
 def test_lora_linear_compiles_without_graph_breaks():
-    _, tensors, layout_arguments = arguments(4)
+    _, weight = arguments(4)
 
     def loss(x, a, b):
-        return ops.lora_linear(torch.relu(x), a, b, 0.5, *tensors, *layout_arguments, 1).square().sum()
+        return ops.lora_linear(torch.relu(x), a, b, 0.5, weight).square().sum()
 
     def gradients(function):
         leaves = (torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_(), *lora_factors())
@@ -261,25 +250,24 @@ class TestSavedForBackward:
 
     @pytest.mark.parametrize("layout", ("per channel", "grouped", "act-order"))
     def test_only_packed_tensors_without_a_scale_gradient(self, layout):
-        _, (qweight, qzeros, scales), layout_arguments = self.layer(layout)
+        _, weight = self.layer(layout)
         x = torch.randn(self.tokens, self.rows).requires_grad_()
-        kept = self.saved(lambda: ops.linear(x, qweight, qzeros, scales, *layout_arguments, 1))
-        allowed = {tensor.untyped_storage().data_ptr() for tensor in (qweight, qzeros, scales)}
-        if layout_arguments[0] is not None:
-            allowed.add(layout_arguments[0].untyped_storage().data_ptr())
-        assert kept.keys() == allowed
+        kept = self.saved(lambda: ops.linear(x, weight))
+        assert kept.keys() == {tensor.untyped_storage().data_ptr() for tensor in weight[:4] if tensor is not None}
 
     def test_x_besides_with_a_scale_gradient(self):
-        _, (qweight, qzeros, scales), layout_arguments = self.layer()
+        _, weight = self.layer()
+        weight.scales.requires_grad_()
         x = torch.randn(self.tokens, self.rows).requires_grad_()
-        kept = self.saved(lambda: ops.linear(x, qweight, qzeros, scales.requires_grad_(), *layout_arguments, 1))
-        assert kept.keys() == {tensor.untyped_storage().data_ptr() for tensor in (qweight, qzeros, scales, x)}
+        kept = self.saved(lambda: ops.linear(x, weight))
+        assert kept.keys() == {tensor.untyped_storage().data_ptr() for tensor in (*weight[:3], x)}
 
     def test_the_output_in_place_of_x_with_one_group(self):
-        _, (qweight, qzeros, scales), layout_arguments = self.layer("per channel")
+        _, weight = self.layer("per channel")
+        weight.scales.requires_grad_()
         x = torch.randn(self.tokens, self.rows).requires_grad_()
-        kept = self.saved(lambda: ops.linear(x, qweight, qzeros, scales.requires_grad_(), *layout_arguments, 1))
-        packed_bytes = sum(t.untyped_storage().nbytes() for t in (qweight, qzeros, scales))
+        kept = self.saved(lambda: ops.linear(x, weight))
+        packed_bytes = sum(tensor.untyped_storage().nbytes() for tensor in weight[:3])
         assert sum(kept.values()) == packed_bytes + self.tokens * self.columns * 4
 
     def test_no_dense_gradient_of_the_weight_is_formed(self, monkeypatch):
@@ -289,7 +277,7 @@ class TestSavedForBackward:
         monkeypatch.setattr(
             torch.Tensor, "__matmul__", lambda a, b: shapes.append((a.shape[0], b.shape[1])) or matmul(a, b)
         )
-        _, (qweight, qzeros, _), layout_arguments = self.layer()
+        _, weight = self.layer()
         x, dy = torch.randn(self.tokens, self.rows), torch.randn(self.tokens, self.columns)
-        eager.linear_grad_scales(x, dy, qweight, qzeros, *layout_arguments, 1)
+        eager.linear_grad_scales(x, dy, *weight[:2], *weight[3:])
         assert shapes == [(64, self.columns)] * (self.rows // 64)

@@ -37,31 +37,28 @@ def poisoned(monkeypatch):
 
 
 def arguments(bits, layout, zero_offset, rows=96, columns=96):
-    options = LAYOUTS[layout]
-    packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **{"symmetric": False, **options})
-    tensors = {name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()}
-    g_idx = tensors["g_idx"] if options.get("act_order") else None
-    return packed, tensors, (g_idx, bits, packed.group_size, zero_offset)
+    options = {"symmetric": False, **LAYOUTS[layout]}
+    packed = random_packed(bits, rows, columns, zero_offset=zero_offset, **options)
+    return packed, packed.operand(DEVICE)
 
 
 @pytest.mark.parametrize("zero_offset", (0, 1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantize_is_exact(bits, layout, zero_offset):
-    packed, t, layout_arguments = arguments(bits, layout, zero_offset)
-    weight = kernels.dequantize(t["qweight"], t["qzeros"], t["scales"], *layout_arguments, torch.float32)
-    assert torch.equal(weight.cpu(), packed.weight)
+    packed, weight = arguments(bits, layout, zero_offset)
+    assert torch.equal(kernels.dequantize(weight, torch.float32).cpu(), packed.weight)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize(("rows", "columns"), ((32, 32), (160, 224)))
 def test_sizes_and_dtypes(dtype, rows, columns):
-    packed, t, layout_arguments = arguments(4, "grouped", 1, rows, columns)
-    weight = kernels.dequantize(t["qweight"], t["qzeros"], t["scales"].float(), *layout_arguments, dtype)
+    packed, weight = arguments(4, "grouped", 1, rows, columns)
+    dense = kernels.dequantize(weight._replace(scales=weight.scales.float()), dtype)
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates to bf16, the GPU rounds
-        torch.testing.assert_close(weight.cpu(), packed.weight.to(dtype), rtol=2**-7, atol=0)
+        torch.testing.assert_close(dense.cpu(), packed.weight.to(dtype), rtol=2**-7, atol=0)
     else:
-        assert torch.equal(weight.cpu(), packed.weight.to(dtype))
+        assert torch.equal(dense.cpu(), packed.weight.to(dtype))
 
 
 @pytest.mark.parametrize("tokens", (1, 70))
@@ -69,10 +66,10 @@ def test_sizes_and_dtypes(dtype, rows, columns):
 @pytest.mark.parametrize("bits", BITS)
 def test_scale_gradient(bits, layout, tokens, monkeypatch):
     monkeypatch.setattr(kernels, "_PRODUCT_ROWS", 64)
-    packed, t, layout_arguments = arguments(bits, layout, 1)
+    packed, weight = arguments(bits, layout, 1)
     generator = torch.Generator().manual_seed(tokens)
     x, dy = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
-    actual = kernels.linear_grad_scales(x.to(DEVICE), dy.to(DEVICE), t["qweight"], t["qzeros"], *layout_arguments)
+    actual = kernels.linear_grad_scales(x.to(DEVICE), dy.to(DEVICE), *weight[:2], *weight[3:])
     tensors = packed.tensors
     centered = reference.centered_codes(tensors["qweight"], tensors["qzeros"], tensors["g_idx"], bits, 1)
     expected = reference.linear_grad_scales(x, dy, centered, tensors["g_idx"], tensors["scales"].shape[0])
@@ -86,9 +83,9 @@ def test_scale_gradient(bits, layout, tokens, monkeypatch):
 def test_few_tokens(bits, layout, tokens, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW_TOKENS_BITS", BITS)
     monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
-    packed, t, layout_arguments = arguments(bits, layout, 1, rows=288)
+    packed, weight = arguments(bits, layout, 1, rows=288)
     x = torch.randn(tokens, 288, generator=torch.Generator().manual_seed(tokens))
-    y = kernels.linear(x.to(DEVICE), t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
+    y = kernels.linear(x.to(DEVICE), weight)
     # fp32 sums of 288 products in another order
     torch.testing.assert_close(y.cpu(), reference.linear(x, packed.weight), rtol=1e-5, atol=1e-4)
 
@@ -98,9 +95,9 @@ def test_few_tokens_in_16_bits(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW_TOKENS_WEIGHTS", 0)
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 product")
-    packed, t, layout_arguments = arguments(4, "grouped", 1, columns=128)
+    packed, weight = arguments(4, "grouped", 1, columns=128)
     x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    y = kernels.linear(x.to(DEVICE), t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
+    y = kernels.linear(x.to(DEVICE), weight)
     assert y.shape == (2, 3, 128)
     expected = reference.linear(x, packed.weight.to(dtype).float())
     torch.testing.assert_close(y.cpu(), expected.to(dtype), rtol=2**-7, atol=1e-3)
@@ -108,16 +105,15 @@ def test_few_tokens_in_16_bits(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_linear_and_gradient_of_x(dtype):
-    packed, t, layout_arguments = arguments(4, "grouped", 1)
+    packed, weight = arguments(4, "grouped", 1)
     x, dy = (torch.randn(40, 96, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
-    packed_arguments = (t["qweight"], t["qzeros"], t["scales"], *layout_arguments)
-    weight = packed.weight.to(dtype).float()
+    dense = packed.weight.to(dtype).float()
     # sums of 96 products, rounded to the dtype at the end; the interpreter truncates weights to bf16
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 3e-2}
-    y = kernels.linear(x.to(DEVICE), *packed_arguments)
-    torch.testing.assert_close(y.cpu().float(), reference.linear(x, weight), **close)
-    dx = kernels.linear_grad_x(dy.to(DEVICE), *packed_arguments)
-    torch.testing.assert_close(dx.cpu().float(), reference.linear_grad_x(dy, weight), **close)
+    y = kernels.linear(x.to(DEVICE), weight)
+    torch.testing.assert_close(y.cpu().float(), reference.linear(x, dense), **close)
+    dx = kernels.linear_grad_x(dy.to(DEVICE), weight)
+    torch.testing.assert_close(dx.cpu().float(), reference.linear_grad_x(dy, dense), **close)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
