@@ -21,7 +21,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready
@@ -33,8 +33,8 @@ test-ecosystem: .venv-ecosystem/.ready
 
 # the oldest versions (constraints-oldest.txt), then the newest (constraints-newest.txt); prints what is supported
 test-matrix: $(VENV)/.ready .venv-oldest/.ready .venv-newest/.ready
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(MATRIX) --support-table .cache/oldest.json
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(MATRIX) --support-table .cache/newest.json
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(MATRIX) --support-table .cache/oldest.json
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(MATRIX) --support-table .cache/newest.json
 	$(BIN)/python tests/matrix/support_table.py .cache/oldest.json .cache/newest.json
 
 lint: $(VENV)/.ready

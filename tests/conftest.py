@@ -1,5 +1,6 @@
 """Test environment: one thread, no network, no compilation unless a test asks for it."""
 
+import gc
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,13 @@ import peft_quant  # noqa: F401
 torch.set_num_threads(1)
 # gptqmodel compiles every layer at its first forward; tests of compilation switch this back on
 torch._dynamo.config.disable = True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections():
+    """gptqmodel collects garbage after loading a model: half a second, if all imported modules are searched."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

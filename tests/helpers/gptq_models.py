@@ -195,6 +195,13 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
+PACKED = [
+    f"model.layers.{block}.{name}_proj"
+    for block in (0, 1)
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+]
+"""The packed layers of [`tiny_config`]'s model."""
+
 DENSE_BYTES = sum(64 * columns for columns in (64, 32, 32, 64, 96, 96, 96)) * 2 * 4
 """fp32 bytes of the packed weights of [`tiny_config`]'s two layers."""
 
@@ -267,6 +274,11 @@ def load(
     kernel = GPTQConfig(bits=bits, backend=backend)
     options = {"dtype": torch.float32, **options}
     return model_class.from_pretrained(directory, quantization_config=kernel, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, input_ids: torch.Tensor, **options) -> torch.Tensor:
+    return model(input_ids=input_ids, **options).logits
 
 
 def assert_loaded(

@@ -18,6 +18,7 @@ from auto_gptq_layers import auto_gptq_linear
 from defuser import convert_model
 from gptq_models import Packed, PlainLayer, load, quantize, save_tiny_llama, tiny_config
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import (
     BertConfig,
@@ -34,25 +35,67 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peft_quant import LRECConfig, PEQAConfig
+from peft_quant import LRECConfig, LRECModel, PEQAConfig, PEQAModel
 from peft_quant.tuners.lrec import LRECLinear
 from peft_quant.tuners.peqa import PEQALinear
 
 
 @dataclass(frozen=True)
 class Method:
+    name: str
     config_class: type[PeftConfig]
+    tuner_class: type[BaseTuner]
     layer_class: type[nn.Module]
     identity: dict[str, Any]
     changed: dict[str, Any]
+    prefix: str
+    tensors: tuple[str, ...]
+    """What an adapter has for a layer, in the names of its file."""
+    by_adapter: tuple[str, ...]
+    """Attributes of a layer that hold something for every adapter."""
+    learning_rate: float
 
     def config(self, *, changed: bool = False, **options: Any) -> PeftConfig:
-        return self.config_class(**(self.changed if changed else self.identity), **options)
+        return self.config_class(**{**(self.changed if changed else self.identity), **options})
+
+    def tuned(self, model: nn.Module, **options: Any) -> PeftModel:
+        """The model under an adapter that changes it, as training would."""
+        torch.manual_seed(0)
+        return get_peft_model(model, self.config(changed=True, **options)).eval()
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {name: module for name, module in model.named_modules() if isinstance(module, self.layer_class)}
+
+    def parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Those of its adapters."""
+        return {name: p for name, p in model.named_parameters() if self.prefix in name}
 
 
 METHODS = {
-    "PEQA": Method(PEQAConfig, PEQALinear, {}, {"init_weights": False}),
-    "LREC": Method(LRECConfig, LRECLinear, {"r": 4}, {"r": 4, "init_lora_weights": False}),
+    "PEQA": Method(
+        "PEQA",
+        PEQAConfig,
+        PEQAModel,
+        PEQALinear,
+        identity={},
+        changed={"init_weights": False},
+        prefix="peqa_",
+        tensors=("peqa_scales",),
+        by_adapter=("peqa_scales", "serving_dtype"),
+        learning_rate=2e-3,
+    ),
+    "LREC": Method(
+        "LREC",
+        LRECConfig,
+        LRECModel,
+        LRECLinear,
+        identity={"r": 4},
+        changed={"r": 4, "init_lora_weights": False},
+        prefix="lora_",
+        tensors=("lora_A.weight", "lora_B.weight"),
+        by_adapter=("lora_A", "lora_B", "lora_dropout", "scaling", "r", "lora_alpha", "use_rslora"),
+        learning_rate=1e-2,
+    ),
 }
 
 
@@ -71,12 +114,10 @@ class Row:
         return self.method.config(task_type=self.task_type, **options)
 
     def tuned(self, **options: Any) -> PeftModel:
-        """The base under an adapter that changes it, as training would."""
-        torch.manual_seed(0)
-        return get_peft_model(self.base(), self.config(changed=True, **options)).eval()
+        return self.method.tuned(self.base(), task_type=self.task_type, **options)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {name: module for name, module in model.named_modules() if isinstance(module, self.method.layer_class)}
+        return self.method.layers(model)
 
     @property
     def batch(self) -> dict[str, torch.Tensor]:

@@ -4,12 +4,6 @@ import pytest
 import torch
 from gptq_models import PlainMLP
 from peft import get_peft_model
-from rows import METHODS
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
 
 
 def heads(model):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from gptq_models import PlainMLP, load, save_tiny_llama
 from peft import PeftModel, get_peft_model
-from rows import METHODS
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,11 +20,6 @@ def filled_in(config):
 
 def layers(model, method):
     return sorted(name for name, module in model.named_modules() if isinstance(module, method.layer_class))
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
 
 
 @pytest.fixture(scope="module")
