@@ -48,7 +48,7 @@ def input_ids():
 
 @pytest.fixture
 def refuses(record_property):
-    """`with refuses(message):` expects a `ValueError` that says so."""
+    """A context that expects a `ValueError` with the given message."""
 
     @contextmanager
     def expect(message):

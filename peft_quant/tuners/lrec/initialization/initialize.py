@@ -142,7 +142,6 @@ def initialize_lrec_weights(
             layer's size, or `float_model` lacks layers or is not the model that was quantized.
 
     Example:
-
         ```py
         >>> model = get_peft_model(model, peft_quant.LRECConfig(task_type="CAUSAL_LM", r=32))
         >>> report = peft_quant.initialize_lrec_weights(model, "user/model", calibration=dataloader)
