@@ -200,10 +200,10 @@ def _reload(model: nn.Module, name: str, source: Source, optimum: Any) -> None:
         packed.out_features,
         bias is not None,
     )
-    kept = zero_offset(layer, name)
-    state = tensors._replace(qzeros=convert_zeros(tensors.qzeros, packed.bits, packed.zero_offset, kept))._asdict()
+    offset = zero_offset(layer, name)
+    state = tensors._replace(qzeros=convert_zeros(tensors.qzeros, packed.bits, packed.zero_offset, offset))._asdict()
     layer.load_state_dict(state if bias is None else {**state, "bias": bias.read()})
-    layer.qzero_format(format=2 - kept)
+    layer.qzero_format(format=2 - offset)
     layer.post_init()
     device = next(buffer.device for buffer in old.buffers() if not buffer.is_meta)
     model.set_submodule(name, layer.to(device).train(old.training))
