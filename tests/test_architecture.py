@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_imports_run_one_way(path):
             assert top in LIGHT, f"{path} imports {module}"
         elif not path.name.endswith("triton.py"):
             assert top not in LAZY | FORBIDDEN.get(room, set()), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imported_modules_exist(path):
+    for module in imports(path, nested=True):
+        top, *parts = module.split(".")
+        file = ROOT.joinpath(*parts)
+        if top == "peft_quant" and not file.is_dir() and not file.with_suffix(".py").is_file():
+            assert hasattr(import_module(module.rpartition(".")[0]), parts[-1]), f"{path} imports {module}"
 
 
 def test_rooms_form_no_circle():
