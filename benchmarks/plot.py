@@ -72,11 +72,10 @@ def fastest(directory: Path) -> dict[tuple[str, str, str], dict[str, tuple[float
 
 
 def megabytes(bits: int = 16, group: int = 0, rank: int = 0) -> float:
-    """What SmolLM2-135M takes: packed layers, as in a GPTQ checkpoint; a branch in fp32, as it is trained, measured
-    and stored; everything else in bf16.
+    """Size of SmolLM2-135M: packed layers as in a GPTQ checkpoint, an adapter in fp32, everything else in bf16.
 
     A matrix of K inputs and N outputs takes `bits * K * N` bits of integers, for each of its `K / group * N` scales 16
-    bits and a zero point of `bits`, 32 K for the groups of its rows, and a branch `32 * rank * (K + N)`.
+    bits and a zero point of `bits`, 32 K for the groups of its rows, and an adapter `32 * rank * (K + N)`.
     """
     total = 16 * OTHER_VALUES
     for inputs, outputs in MATRICES * BLOCKS:

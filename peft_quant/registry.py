@@ -1,4 +1,4 @@
-"""Entry of this package's methods into PEFT and transformers. The only file that writes into another package.
+"""What this package changes in PEFT, transformers and optimum. The only file that writes into another package.
 
 PEFT has no plugin mechanism, so a method joins by becoming a real member of the `PeftType` enumeration (a bare string
 fails in PEFT's card tagging and in transformers' adapter code) and by `register_peft_method`.
@@ -7,7 +7,8 @@ fails in PEFT's card tagging and in transformers' adapter code) and by `register
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -106,6 +107,23 @@ def replace_quantizer(method: str, quantizer_class: type[HfQuantizer]) -> None:
     """
     if issubclass(quantizer_class, AUTO_QUANTIZER_MAPPING[method]):
         AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+@contextmanager
+def replace_gptq_solver(solver_class: type[Any]) -> Iterator[None]:
+    """Within it, optimum's `GPTQQuantizer` quantizes each layer with another class than gptqmodel's `GPTQ`.
+
+    Args:
+        solver_class: derived from `optimum.gptq.quantizer.GPTQ`.
+    """
+    from optimum.gptq import quantizer
+
+    stock = quantizer.GPTQ
+    quantizer.GPTQ = solver_class
+    try:
+        yield
+    finally:
+        quantizer.GPTQ = stock
 
 
 def wrap_method(owner: type[Any], name: str, method: Callable[..., Any]) -> None:

@@ -32,7 +32,7 @@ torch._dynamo.config.disable = True
 
 @pytest.fixture(scope="module", autouse=True)
 def short_garbage_collections():
-    """gptqmodel collects garbage after loading a model: half a second, if all imported modules are searched."""
+    """Gptqmodel collects garbage after loading a model: half a second, if all imported modules are searched."""
     gc.collect()
     gc.freeze()
 
@@ -56,7 +56,7 @@ def input_ids():
 
 @pytest.fixture
 def refuses(record_property):
-    """`with refuses(message):` expects a `ValueError` that says so."""
+    """A context that expects a `ValueError` with the given message."""
 
     @contextmanager
     def expect(message):

@@ -1,11 +1,14 @@
 """The house rules that imports can hold."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from import_graph import edges, imports, reachable
 
 import peft_quant
 
@@ -37,19 +40,33 @@ FORBIDDEN = {
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
 
 
-def imports(path):
-    """(module, level) of every import at module level, absolute for our own."""
-    package = ("peft_quant", *path.relative_to(ROOT).parts[:-1])
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = [*base, *([node.module] if node.module else [])]
-            if node.module is None:
-                yield from (".".join([*module, alias.name]) for alias in node.names)
-            else:
-                yield ".".join(module)
+def root_name(node):
+    """`a` of `a.b[0].c`."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def writes_into_other_packages(tree):
+    """Attributes and items set on anything imported from another package, by any name, except in its `config`."""
+    nodes = list(ast.walk(tree))
+    foreign = {
+        alias.asname or alias.name.split(".")[0]
+        for node in nodes
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+        for alias in node.names
+    }
+    values = [(node.targets, node.value) for node in nodes if isinstance(node, ast.Assign)]
+    values += [([node.target], node.value) for node in nodes if isinstance(node, ast.AnnAssign) and node.value]
+    for targets, value in values:
+        if isinstance(value, ast.Name | ast.Attribute) and root_name(value) in foreign:
+            foreign |= {target.id for target in targets if isinstance(target, ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            if root_name(node) in foreign and ".config." not in ast.unparse(node):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and re.search(r"\b(set|del)attr|__setattr__", ast.unparse(node.func)):
+            yield from [ast.unparse(node)] if root_name(node.args[0]) in foreign else []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -64,6 +81,29 @@ def test_imports_run_one_way(path):
             assert top in LIGHT, f"{path} imports {module}"
         elif not path.name.endswith("triton.py"):
             assert top not in LAZY | FORBIDDEN.get(room, set()), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imported_modules_exist(path):
+    for module in imports(path, nested=True):
+        top, *parts = module.split(".")
+        file = ROOT.joinpath(*parts)
+        if top == "peft_quant" and not file.is_dir() and not file.with_suffix(".py").is_file():
+            assert hasattr(import_module(module.rpartition(".")[0]), parts[-1]), f"{path} imports {module}"
+
+
+def test_rooms_form_no_circle():
+    graph = edges()
+    assert [room for room in graph if room in reachable(graph, room)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_registry_writes_into_other_packages(path):
+    written = list(writes_into_other_packages(ast.parse(path.read_text())))
+    if path == ROOT / "registry.py":
+        assert {"quantizer.GPTQ", "PeftModel.load_adapter", "BaseTunerLayer.weight"} <= set(written)
+    else:
+        assert written == []
 
 
 def test_only_trainers_import_the_trainer():

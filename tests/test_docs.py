@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from import_graph import MODULES, ROOMS, mermaid
 
 import peft_quant
 
@@ -70,6 +71,24 @@ class TestLinks:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"\b((?:benchmarks|examples|hub_cards|tests|docs)/[\w/]+\.\w+)", text):
             assert (ROOT / name).exists(), name
+
+
+class TestContributing:
+    TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("name", [*(f"{room}/" for room in ROOMS), *(f"{module}.py" for module in MODULES)])
+    def test_layout_names_every_room(self, name):
+        layout = self.TEXT.partition("| beside the package |")[0]
+        assert f"`{name}`" in layout
+
+    def test_the_diagram_is_what_the_script_prints(self):
+        assert f"```mermaid\n{mermaid()}\n```" in self.TEXT
+
+    @pytest.mark.parametrize(("file", "name"), re.findall(r"`([\w/]+\.py)`, `([\w.]+)`", TEXT))
+    def test_walks_name_what_there_is(self, file, name):
+        code = (ROOT / "peft_quant" / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"\b(?:class|def) {part}\b", code), part
 
 
 @pytest.mark.parametrize(("script", "page"), (("table.py", "performance.md"), ("quality.py", "quality.md")))

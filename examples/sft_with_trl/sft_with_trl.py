@@ -54,8 +54,10 @@ def read_chats(source: str, number: int) -> tuple[Dataset, Dataset]:
 
 
 def split_last_answer(chat: dict[str, Any]) -> dict[str, Any]:
-    """What TRL takes to be read and to be learnt. Works with every template, where TRL's own
-    `assistant_only_loss=True` needs one that marks the answers."""
+    """Split a chat into TRL's prompt and completion.
+
+    Works with every template, where TRL's own `assistant_only_loss=True` needs one that marks the answers.
+    """
     return {"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]}
 
 

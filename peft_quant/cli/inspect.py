@@ -30,8 +30,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
     config: Config = None,
 ) -> None:
-    """Say what a checkpoint or an adapter is, what serves it, and how far each layer moved. Exits with 1 if it is
-    damaged."""
+    """Say what a checkpoint or an adapter is, what serves it, and how far each layer moved.
+
+    Exits with 1 if it is damaged.
+    """
     quiet()
     from .. import inspection
 
@@ -50,7 +52,7 @@ def inspect(
         sides = [both.first, both.second]
         say(_json(both) if as_json else str(both))
     if plot is not None:
-        from ..report import plot_layer_changes
+        from .. import plot_layer_changes
 
         names = [Path(side.path).name for side in sides]
         plot_layer_changes(

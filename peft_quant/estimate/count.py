@@ -38,8 +38,10 @@ Amounts = dict[str, tuple[int, int]]
 
 
 class Shapes:
-    """Runs operators, and those that it has seen with such arguments by making tensors like the results, which is
-    several times faster than what PyTorch does to know their shapes."""
+    """Runs operators; a repeated call with such arguments only makes tensors like the results.
+
+    This is several times faster than how PyTorch finds their shapes.
+    """
 
     def __init__(self) -> None:
         self._results: dict[Any, Any] = {}
@@ -293,8 +295,10 @@ def _attention(
 
 
 def _flash_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """Bytes that FlashAttention 2 (Dao, 2023, arXiv 2307.08691) holds in backward: the gradient of queries in fp32,
-    and where heads share keys and values, their gradients for each head."""
+    """Bytes that FlashAttention 2 (Dao, 2023, arXiv 2307.08691) holds in backward.
+
+    The gradient of queries in fp32 and, where heads share keys and values, their gradients for each head.
+    """
     batch, heads, tokens, width = query.shape
     rows = batch * heads * (-(-tokens // 128) * 128)
     shared = 2 * query.element_size() if key.shape[1] != heads else 0

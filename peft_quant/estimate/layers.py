@@ -53,8 +53,10 @@ class PackedLinear(nn.Module):
 
 
 class NF4Linear(nn.Module):
-    """QLoRA's layer as bitsandbytes has it: 4-bit NormalFloat, with an 8-bit scale for 64 weights and an fp32 one for
-    256 of these (double quantization; Dettmers et al., 2023, arXiv 2305.14314)."""
+    """QLoRA's layer in bitsandbytes (Dettmers et al., 2023, arXiv 2305.14314).
+
+    4-bit NormalFloat, with an 8-bit scale for 64 weights and an fp32 one for 256 of these (double quantization).
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

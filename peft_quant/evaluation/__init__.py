@@ -1,1 +1,1 @@
-"""Models, texts and perplexity."""
+"""Loading models, reading texts and measuring perplexity."""

@@ -1,4 +1,4 @@
-"""Models by the directory or the Hub id of a checkpoint or of an adapter, whatever it holds."""
+"""Models from the directory or Hub id of any checkpoint or adapter."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def load_model(
     """Load a causal language model: a float, GPTQ or int8 checkpoint, or an adapter on the base that it names.
 
     GPTQ layers keep their packed tensors as they are in the checkpoint (`backend="gptq_torch"`), so that they can be
-    trained; scales and products are rounded as `dtype` has them.
+    trained.
 
     Args:
         name: directory or Hub id.
-        dtype: of what is not quantized, and of the arithmetic.
-        device: where to; the GPU if there is one by default.
+        dtype: the dtype of unquantized tensors and of the computation, to which scales are rounded in use.
+        device: where to load the model; by default the GPU if there is one.
 
     Returns:
-        A [`~transformers.PreTrainedModel`] or, of an adapter, a [`~peft.PeftModel`].
+        A [`~transformers.PreTrainedModel`] or, for an adapter, a [`~peft.PeftModel`].
 
     Raises:
         OSError: there is no such checkpoint.
-        ValueError: the adapter names no base, or another one than it was trained on.
-        InvalidCheckpointError: layers that are packed in the files are not in the model, or the reverse.
+        ValueError: the adapter names no base, or a base it was not trained on.
+        InvalidCheckpointError: a layer is packed in the files and not in the model, or the reverse.
     """
     base = adapter_base(name)
     if base is not None:
@@ -51,7 +51,7 @@ def load_model(
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a checkpoint or of an adapter: its own, or else its base's."""
+    """Load the tokenizer of a checkpoint or an adapter: its own, or else that of its base."""
     base = adapter_base(name)
     if base is not None and not Path(name, "tokenizer_config.json").is_file():
         name = base
@@ -59,7 +59,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
 
 
 def adapter_base(name: str | os.PathLike[str]) -> str | None:
-    """The base that an adapter names; None of what is no adapter.
+    """The base that an adapter names; None if `name` is no adapter.
 
     Raises:
         ValueError: the adapter names none.
@@ -73,7 +73,7 @@ def adapter_base(name: str | os.PathLike[str]) -> str | None:
 
 
 def quantization_of(name: str | os.PathLike[str]) -> str | None:
-    """`quant_method` of a checkpoint, from its config; None of a float one."""
+    """The `quant_method` of a checkpoint, from its config; None if it is not quantized."""
     config = getattr(AutoConfig.from_pretrained(os.fspath(name)), "quantization_config", None) or {}
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
     if method is None and _has_legacy_config(name):

@@ -14,22 +14,22 @@ from tqdm.auto import tqdm
 def perplexity(
     model: Any, windows: torch.Tensor, *, batch_size: int = 4, description: str | None = "perplexity"
 ) -> float:
-    """Perplexity a token of a causal language model.
+    """Per-token perplexity of a causal language model.
 
-    The exponential of the mean cross entropy in fp32, over every token of every window but its first, which is context
-    only. Training mode is left as it was.
+    The exponential of the mean cross entropy in fp32, over every token of every window except its first, which serves
+    as context only. Training mode is left as it was.
 
     Args:
-        model: what gives `logits` for `input_ids`, in the dtype to measure it in.
+        model: a model that returns `logits` for `input_ids`, in the dtype to measure.
         windows: token ids, int64 `[number, size]`.
-        batch_size: windows in one forward pass.
-        description: of the progress bar; None for no bar.
+        batch_size: windows per forward pass.
+        description: label of the progress bar; None for no bar.
 
     Returns:
         The perplexity; infinite or NaN if the logits are not finite.
 
     Raises:
-        ValueError: windows of less than two tokens.
+        ValueError: no windows, or windows of fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
         raise ValueError(f"The windows are of shape {list(windows.shape)}: give [number, size], two tokens or more.")

@@ -30,12 +30,12 @@ def read_texts(source: str | os.PathLike[str], column: str = TEXT, split: str = 
     Raises:
         ImportError: `datasets` is not installed.
         FileNotFoundError: `source` is neither a path nor a Hub id that can be reached.
-        ValueError: there is no such split or column, or the column holds something else than text.
+        ValueError: there is no such split or column, or the column does not hold text.
     """
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
     except ImportError as error:
-        raise ImportError('Texts are read by datasets: `pip install "peft-quant[cli]"`.') from error
+        raise ImportError('Reading texts needs datasets: `pip install "peft-quant[cli]"`.') from error
 
     path = Path(source)
     if path.is_file():
@@ -69,16 +69,16 @@ def read_texts(source: str | os.PathLike[str], column: str = TEXT, split: str = 
 
 
 def token_windows(texts: Dataset, tokenizer: Any, size: int, number: int | None = None) -> Dataset:
-    """Windows of a text's tokens, without overlap, and the same tokens as `labels`.
+    """Cut a text into windows of tokens, without overlap, with the same tokens as `labels`.
 
-    Rows are joined by an empty line, a thousand at a time, of whose tokens the last ones that fill no window are left
-    out; no special tokens are added.
+    Rows are joined by an empty line, a thousand at a time, and tokenized without special tokens; each batch's partial
+    last window is dropped.
 
     Args:
-        texts: as [`read_texts`] gives them.
-        tokenizer: of the model.
-        size: tokens of a window.
-        number: of windows, spread evenly over the text; by default all that it has, and never more.
+        texts: texts from [`read_texts`].
+        tokenizer: the model's tokenizer.
+        size: tokens per window.
+        number: how many windows to take, spread evenly over the text; all by default, and if there are fewer.
 
     Returns:
         Rows of `input_ids` and `labels`, `size` integers each.
@@ -97,12 +97,12 @@ def token_windows(texts: Dataset, tokenizer: Any, size: int, number: int | None 
     )
     if not len(windows):
         raise ValueError(
-            f"The text has fewer than {size} tokens, which is one window: give more of it, or cut shorter."
+            f"The text has fewer than {size} tokens, which is one window: give more text, or choose a smaller window."
         )
     return windows if number is None else spread(windows, number)
 
 
 def spread(windows: Dataset, number: int) -> Dataset:
-    """At most `number` rows, spread evenly over all."""
+    """Take at most `number` rows, spread evenly over all."""
     number = min(number, len(windows))
     return windows.select([i * len(windows) // number for i in range(number)])

@@ -1,4 +1,4 @@
-"""The packed format: GPTQ layers and checkpoints, read by what their tensors say."""
+"""The packed format: GPTQ layers and checkpoints, read from their tensors."""
 
 from .check import InvalidCheckpointError, PackedTensors
 from .layer import (

@@ -1,4 +1,4 @@
-"""What an adapter records of the base it was trained on, and whether another model is that base."""
+"""The record that an adapter keeps of its base, and the comparison of another model with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layers = Mapping[str, tuple[PackedTensors, PackedFormat]]
 
 
 def digests(layers: Layers, *, sampled: bool = False) -> dict[str, bytes]:
-    """The digest of each layer: of all of its values, or of samples."""
+    """The digest of each layer: of all its values, or of samples."""
 
     def digest(layer: tuple[PackedTensors, PackedFormat]) -> bytes:
         tensors, packed = layer
@@ -28,7 +28,7 @@ def digests(layers: Layers, *, sampled: bool = False) -> dict[str, bytes]:
 
 
 def stored_layers(checkpoint: Checkpoint, names: Mapping[str, str]) -> Layers:
-    """Layers of a checkpoint, given their names in its files.
+    """Read layers of a checkpoint, given their names in its files.
 
     Raises:
         InvalidCheckpointError: one is damaged.
@@ -47,12 +47,12 @@ def describe_base(
     checkpoint_format: str | None,
     checkpoint: str | None,
 ) -> dict[str, Any]:
-    """What an adapter records of its base, JSON-stable.
+    """The record of its base that an adapter saves, stable as JSON.
 
     Args:
-        formats: of the layers that it adapts.
-        base_fingerprint: of these layers.
-        checkpoint_format: of the base's config.
+        formats: the formats of the adapted layers.
+        base_fingerprint: the fingerprint of these layers.
+        checkpoint_format: what the base's config declares.
         checkpoint: digest of the base's files, if the model is what they hold.
     """
 
@@ -72,7 +72,7 @@ def describe_base(
 
 
 def describe_checkpoint(checkpoint: Checkpoint, layers: Layers) -> dict[str, Any]:
-    """As [`describe_base`], of a checkpoint and the layers of it that an adapter changes."""
+    """[`describe_base`] for a checkpoint and the layers of it that an adapter changes."""
     declared = declared_format(checkpoint.quantization) or "gptq"
     return describe_base(
         [packed for _, packed in layers.values()],
@@ -83,15 +83,15 @@ def describe_checkpoint(checkpoint: Checkpoint, layers: Layers) -> dict[str, Any
 
 
 def difference(recorded: Mapping[str, Any], layers: Layers, found: Mapping[str, Any]) -> str | None:
-    """In what a model differs from the base that an adapter recorded; None if in nothing that is known of both.
+    """How a model differs from the base that an adapter recorded; None if nothing known of both differs.
 
     Args:
-        recorded: by the adapter.
-        layers: the model's layers that it adapts.
-        found: what an adapter of the model would record.
+        recorded: the adapter's record.
+        layers: the model's layers that the adapter changes.
+        found: the record that an adapter of the model would get.
 
     Raises:
-        ValueError: the record is none.
+        ValueError: the record has no fingerprint.
     """
     expected = recorded.get("fingerprint")
     if not isinstance(expected, str):
@@ -117,8 +117,10 @@ def require_base(recorded: Mapping[str, Any], layers: Layers, found: Mapping[str
     """Check that a model is the base that an adapter recorded.
 
     Args:
-        recorded, layers, found: as in [`difference`].
-        base: what the adapter calls its base.
+        recorded: as in [`difference`].
+        layers: as in [`difference`].
+        found: as in [`difference`].
+        base: the adapter's name for its base.
 
     Raises:
         ValueError: it is another base.

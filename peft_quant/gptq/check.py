@@ -19,7 +19,7 @@ class PackedTensors(NamedTuple):
     scales: torch.Tensor
     """floating point `[G, N]`, finite and not zero; of either sign"""
     g_idx: torch.Tensor
-    """int32 `[K]`, with every value of `0 .. G - 1` equally often, but for the last, which may be rarer"""
+    """int32 `[K]`, with every value of `0 .. G - 1` equally often, except the last, which may be rarer"""
 
 
 class InvalidCheckpointError(ValueError):
@@ -27,10 +27,10 @@ class InvalidCheckpointError(ValueError):
 
 
 def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
-    """Check one layer's tensors against each other and return its bit width, which their shapes determine.
+    """Check one layer's tensors against each other, and return its bit width as their shapes determine it.
 
     Args:
-        name: what to call the layer in an error.
+        name: the layer's name in errors.
         tensors: the layer's tensors.
 
     Raises:

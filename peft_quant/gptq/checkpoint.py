@@ -1,4 +1,4 @@
-"""GPTQ checkpoints as files: what `from_pretrained` reads of a directory, and copies with some tensors replaced."""
+"""GPTQ checkpoints as files: the tensors that `from_pretrained` reads, and copies with some of them replaced."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ Replacement = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The location of a tensor in a file.
 
     Attributes:
         file: the safetensors file.
-        dtype: as the format names it, such as `"F16"` and `"I32"`.
-        shape: of the tensor.
-        begin: its first byte in the file.
-        end: the byte behind its last one.
+        dtype: the format's name for it, such as `"F16"` or `"I32"`.
+        shape: the tensor's shape.
+        begin: offset of its first byte in the file.
+        end: offset behind its last byte.
     """
 
     file: Path
@@ -63,14 +63,14 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None of a dtype that is not known."""
+        """The dtype in PyTorch; None if it is unknown."""
         return _DTYPES.get(self.dtype)
 
     def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own.
+        """Read the tensor into memory of its own.
 
         Raises:
-            InvalidCheckpointError: its dtype is not known, or its bytes are not as many as its shape takes.
+            InvalidCheckpointError: its dtype is unknown, or its shape takes another number of bytes.
         """
         dtype, size = self.torch_dtype, self.end - self.begin
         if dtype is None or math.prod(self.shape) * dtype.itemsize != size:
@@ -92,10 +92,10 @@ class Checkpoint:
     """A directory with a `config.json` and the safetensors files that `from_pretrained` reads.
 
     Attributes:
-        directory: where it lies.
+        directory: its directory.
         config: the parsed `config.json`.
-        tensors: where each tensor lies, by name.
-        unread: further files of the same weights in the directory, which `from_pretrained` does not read.
+        tensors: the location of each tensor, by name.
+        unread: other files with the same weights in the directory, which `from_pretrained` does not read.
     """
 
     directory: Path
@@ -105,10 +105,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
-        """Open a checkpoint after checking that every file of it is there and whole.
+        """Open a checkpoint after checking that all its files exist and are complete.
 
-        As in `from_pretrained`, the weights are the file that `transformers_weights` in `config.json` names, or else
-        `model.safetensors`, or else the files that `model.safetensors.index.json` names.
+        As in `from_pretrained`, the weights are in the file that `transformers_weights` in `config.json` names, in
+        `model.safetensors`, or in the files that `model.safetensors.index.json` names, whichever is found first.
 
         Raises:
             FileNotFoundError: no `config.json`, or no weights under these names.
@@ -133,7 +133,7 @@ class Checkpoint:
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Checkpoint:
-        """The checkpoint of files that `from_pretrained` has read.
+        """The checkpoint with the files that `from_pretrained` has read.
 
         Raises:
             InvalidCheckpointError: a file is damaged.
@@ -149,7 +149,7 @@ class Checkpoint:
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization config: of `config.json`, or of the `quantize_config.json` of auto-gptq's checkpoints."""
+        """The quantization config: from `config.json`, or from auto-gptq's `quantize_config.json`."""
         return quantization_config(self.directory, self.config)
 
     @cached_property
@@ -168,7 +168,7 @@ class Checkpoint:
         return self.tensors[name].read()
 
     def packed(self, layer: str) -> PackedTensors:
-        """The tensors of a packed layer. Without a `g_idx`, as GPTQ-for-LLaMa wrote files, rows are in order.
+        """Read the tensors of a packed layer. Without a `g_idx`, as by GPTQ-for-LLaMa, groups are consecutive.
 
         Raises:
             InvalidCheckpointError: the layer lacks a tensor.
@@ -191,11 +191,12 @@ class Checkpoint:
         return PackedTensors(qweight, qzeros, scales, g_idx)
 
     def copy_with(self, target: Path, names: Iterable[str], replacement: Replacement) -> None:
-        """Copy the checkpoint to an existing, empty directory, with some tensors replaced and all else byte-equal.
+        """Copy the checkpoint to an existing, empty directory: some tensors are replaced, every other byte is equal.
 
         Args:
+            target: the directory.
             names: the tensors to replace.
-            replacement: gives the new tensor for a name and its old tensor, of the same shape and dtype.
+            replacement: returns the new tensor, of the same shape and dtype, given a name and the old tensor.
 
         Raises:
             ValueError: a replacement has another shape or dtype than the tensor in the file.
@@ -247,7 +248,7 @@ def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
 def quantization_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization config of a checkpoint, given its `config.json`; None if it has none.
 
-    That of a model of several ones may lie in `text_config`. auto-gptq's `quantize_config.json` counts as one too.
+    A model of several models may have it in `text_config`. auto-gptq's `quantize_config.json` counts too.
     """
     for holder in (config, config.get("text_config")):
         found = holder.get("quantization_config") if isinstance(holder, dict) else None
@@ -258,19 +259,19 @@ def quantization_config(directory: Path, config: Mapping[str, Any]) -> dict[str,
 
 
 def group_size(in_features: int, groups: int, declared: int) -> int:
-    """In-features that share a scale, -1 if all do: as declared, unless that gives another number of groups."""
+    """In-features that share a scale, -1 if all do: the declared number, unless it gives another number of groups."""
     if declared > 0 and -(-in_features // declared) == groups:
         return declared
     return -1 if groups == 1 else -(-in_features // groups)
 
 
 def packed_layers(names: Iterable[str]) -> list[str]:
-    """The names of the layers that a checkpoint with tensors of these names has packed."""
+    """The names of the packed layers of a checkpoint, given the names of its tensors."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
 
 def read_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTensor]:
-    """Where each tensor of a checkpoint's safetensors files lies, by name.
+    """Locate the tensors of a checkpoint's safetensors files, by name.
 
     Raises:
         InvalidCheckpointError: a file is truncated or not a safetensors file, or two have the same tensor.
@@ -280,15 +281,15 @@ def read_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
         for name, tensor in _read_header(file).items():
             if name in tensors:
                 raise InvalidCheckpointError(
-                    f"{name} is in {tensors[name].file.name} and in {file.name} of {file.parent}: the checkpoint was "
-                    "put together from two. Download it again."
+                    f"{name} is in {tensors[name].file.name} and in {file.name} of {file.parent}: the "
+                    "directory mixes two checkpoints. Download it again."
                 )
             tensors[name] = tensor
     return tensors
 
 
 def _weight_files(directory: Path, config: dict[str, Any]) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files that `from_pretrained` reads, and the index that lists their tensors, if there is one."""
+    """The safetensors files that `from_pretrained` reads, and the index of their tensors, if there is one."""
     named = config.get("transformers_weights")
     first = directory / named if isinstance(named, str) else directory / SAFE_WEIGHTS_NAME
     index_file = first if first.name.endswith(".index.json") else directory / SAFE_WEIGHTS_INDEX_NAME
@@ -329,7 +330,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def _unread_weights(directory: Path, tensors: Mapping[str, StoredTensor]) -> tuple[Path, ...]:
-    """Files that hold the same tensors, and those of other formats, whose tensors are not looked at."""
+    """Other safetensors files with the same tensors, and weights in other formats, which are not opened."""
     unread = {file for pattern in _OTHER_FORMATS for file in directory.glob(pattern)}
     for file in set(directory.glob("*.safetensors")) - {tensor.file for tensor in tensors.values()}:
         if not tensors.keys().isdisjoint(_read_header(file)):
@@ -338,7 +339,7 @@ def _unread_weights(directory: Path, tensors: Mapping[str, StoredTensor]) -> tup
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors file lies (format: length of the header, header in JSON, data)."""
+    """Locate the tensors of a safetensors file (format: length of the header, header in JSON, data)."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")

@@ -1,4 +1,4 @@
-"""The dtypes of a GPTQ layer: of its scales, which a cast of the model must not round, and of its activations."""
+"""Dtypes of GPTQ layers: of the scales, which casting the model must not round, and of the activations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PackedWeight(torch.Tensor):
-    """The `weight` of a GPTQ layer, for code that asks for its shape, dtype or device. Has no values: every operation
-    on it raises."""
+    """The `weight` of a GPTQ layer, for code that asks for its shape, dtype or device.
+
+    It has no values: every operation on it raises.
+    """
 
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> PackedWeight:
@@ -33,14 +35,14 @@ class PackedWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{func} needs the values of a weight that is packed: `layer.weight` of a GPTQ layer tells its shape, "
-            "dtype and device only. `peft_quant.gptq.dequantize` decodes it, and so does `layer.get_base_weight()` of "
-            "an adapted layer."
+            f"{func} needs the values of a weight that is packed: `layer.weight` of a GPTQ layer has a shape, "
+            "a dtype and a device only. Decode it with `peft_quant.gptq.dequantize`, or, of an adapted layer, with "
+            "`layer.get_base_weight()`."
         )
 
 
 def weight_without_values(layer: nn.Module, packed: PackedFormat, dtype: torch.dtype) -> torch.Tensor:
-    """What a GPTQ layer's `weight` is to others: its shape and device, and the given dtype."""
+    """The `weight` of a GPTQ layer: its shape and device, and the given dtype, without values."""
     shape, qweight = (packed.out_features, packed.in_features), packed_tensors(layer).qweight
     if torch.compiler.is_compiling():  # Dynamo makes no tensors of such classes
         return qweight.new_full((), torch.nan, dtype=dtype).expand(shape)
@@ -48,18 +50,18 @@ def weight_without_values(layer: nn.Module, packed: PackedFormat, dtype: torch.d
 
 
 def activation_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    """The dtype that a model with these parameters computes in: that of the first in floating point."""
+    """The dtype that a model with these parameters computes in: that of the first floating point one."""
     dtypes = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
     return next(dtypes, torch.get_default_dtype())
 
 
 def after_cast(apply: Apply, dtype: torch.dtype) -> torch.dtype:
-    """What becomes of a dtype."""
+    """The dtype that a tensor of the given one has after `apply`."""
     return apply(torch.empty(0, dtype=dtype)).dtype
 
 
 def without_cast(apply: Apply, tensors: Iterable[torch.Tensor]) -> Apply:
-    """The same, but for the given tensors, which are moved and not cast."""
+    """The same function, except that the given tensors are moved and not cast."""
     kept = {id(tensor): tensor for tensor in tensors}
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,10 +72,10 @@ def without_cast(apply: Apply, tensors: Iterable[torch.Tensor]) -> Apply:
 
 
 def warn_of_cast_scales(formats: Mapping[str, PackedFormat]) -> None:
-    """Warn if scales are not fp16, in which GPTQ checkpoints have them: then the model was most likely cast.
+    """Warn of scales that are not fp16, as they are in GPTQ checkpoints: the model was most likely cast.
 
     Args:
-        formats: of layers, by name.
+        formats: the layers' formats, by name.
     """
     others = {name: packed.scale_dtype for name, packed in formats.items() if packed.scale_dtype != torch.float16}
     if others:
@@ -81,8 +83,7 @@ def warn_of_cast_scales(formats: Mapping[str, PackedFormat]) -> None:
         warnings.warn(
             f"The scales of {name} and {len(others) - 1} more layers are {dtype} in memory, where GPTQ checkpoints "
             "have torch.float16. If the model was cast after it was loaded, these are not the scales of its "
-            "checkpoint, and what is trained on them does not fit it. Load the model again, in the dtype it is to "
-            "compute in (`from_pretrained(..., dtype=...)` leaves scales as they are), or cast it once the adapter is "
-            "on.",
+            "checkpoint, and what is trained on them does not fit it. Load the model again in the dtype to compute in "
+            "(`from_pretrained(..., dtype=...)` leaves scales as they are), or cast it after adding the adapter.",
             stacklevel=3,
         )

@@ -1,8 +1,8 @@
-"""Short names for the base an adapter was trained on: of its packed layers, and of its whole checkpoint.
+"""Fingerprints of the base an adapter was trained on: of its packed layers, and of its whole checkpoint.
 
-Both are SHA-256 of every value. Neither depends on the device, the zero point format or how tensors are spread over
-files. The first is of layers in memory or in files; the second is of files alone, as embeddings, norms and heads may
-be in another dtype in memory.
+Both are SHA-256 over every value. Neither depends on the device, the zero point format or the sharding. The first is
+taken from layers in memory or in files; the second from files only, as embeddings, norms and heads may have another
+dtype in memory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Item = TypeVar("Item")
 
 
 def layer_digest(tensors: PackedTensors, bits: int, zero_offset: int, *, sampled: bool = False) -> bytes:
-    """SHA-256 of a layer's shapes and values, whatever its name.
+    """SHA-256 of a layer's shapes and values, independent of its name.
 
     Args:
-        tensors: of the layer.
-        bits: of its codes.
-        zero_offset: what its zero points are stored short of.
-        sampled: read evenly spaced values alone, as adapters of older versions recorded it.
+        tensors: the layer's tensors.
+        bits: bits per code.
+        zero_offset: the amount subtracted from its stored zero points.
+        sampled: hash evenly spaced values only, as older versions did.
     """
     tensors = tensors._replace(
         qzeros=convert_zeros(tensors.qzeros, bits, zero_offset, 0), g_idx=tensors.g_idx.to(torch.int32)
@@ -60,18 +60,18 @@ def update_with_samples(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
 
 
 def fingerprint(digests: Iterable[bytes], *, sampled: bool = False) -> str:
-    """Combine the digests of an adapter's layers, in any order, into 64 hexadecimal characters; 32 if `sampled`."""
+    """Combine the digests of layers, in any order, into 64 hexadecimal characters; 32 if `sampled`."""
     combined = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
     return combined[:_SAMPLED_LENGTH] if sampled else combined
 
 
 def is_sampled(recorded: str) -> bool:
-    """Whether a recorded fingerprint is of samples, as older versions made it."""
+    """Whether a recorded fingerprint is of samples, as older versions recorded it."""
     return len(recorded) == _SAMPLED_LENGTH
 
 
 def in_parallel(function: Callable[[Item], bytes], items: Iterable[Item]) -> list[bytes]:
-    """The digests of some items, on as many threads as there are processors: hashing releases the interpreter."""
+    """Digest items on as many threads as there are processors: hashing releases the interpreter lock."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(function, items))
 
@@ -79,12 +79,11 @@ def in_parallel(function: Callable[[Item], bytes], items: Iterable[Item]) -> lis
 def checkpoint_digest(files: Iterable[Path], zero_offset: int) -> str:
     """SHA-256 of the names, shapes and values of all tensors of a checkpoint, as 64 hexadecimal characters.
 
-    Floating point tensors of other layers than packed ones count by value, not by dtype. The digest of files that have
-    not changed since is remembered.
+    Floating point tensors outside packed layers count by value, not by dtype. Digests of unchanged files are cached.
 
     Args:
         files: the safetensors files.
-        zero_offset: what their zero points are stored short of.
+        zero_offset: the amount subtracted from their stored zero points.
     """
     return _checkpoint_digest(
         tuple((file, (status := file.stat()).st_size, status.st_mtime_ns) for file in sorted(files)), zero_offset

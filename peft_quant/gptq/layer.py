@@ -1,9 +1,11 @@
-"""One view over any GPTQ linear layer: what its tensors mean, read by attribute and never by class name.
+"""Any GPTQ linear layer: the format of its packed tensors, and products with them.
+
+Tensors are read by attribute, never by the name of the layer's class.
 
 Works for the trainable layers of gptqmodel, those of auto-gptq 0.7.1 and any module with `qweight`, `qzeros`, `scales`
 and `g_idx`. The layer's own forward is never called: depending on the kernel it keeps dense weights for backward,
-compiles itself, repacks its weights or stops gradients. Its `sym` and `desc_act` are not read either: layers loaded
-through optimum carry them swapped.
+compiles itself, repacks its weights or stops gradients. Its `sym` and `desc_act` are not read either: optimum swaps
+them in the layers it loads.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ class RepackedLayerError(TypeError):
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """How a layer's packed tensors are to be read.
+    """How to read a layer's packed tensors.
 
     Attributes:
-        bits: bits of one code: 2, 3, 4 or 8.
+        bits: bits per code: 2, 3, 4 or 8.
         in_features: `K`.
         out_features: `N`.
         group_size: rows that share a scale; `K` if all do (`group_size=-1` in a GPTQ config). The last group may be
             shorter.
-        zero_offset: what the zero points in memory are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
-        act_order: whether rows belong to groups in an order of their own (`desc_act`), given by `g_idx`.
-        zero_point: the layer's zero point if it has only one, else None; `2 ** (bits - 1)` in symmetric quantization.
-        scale_dtype: dtype of the scales in the checkpoint.
+        zero_offset: the amount subtracted from the zero points in memory: 1 for `gptq` (v1), 0 for `gptq_v2`.
+        act_order: whether `g_idx` assigns rows to groups in another order than `k // group_size` (`desc_act`).
+        zero_point: the layer's zero point if all are equal, else None; `2 ** (bits - 1)` in symmetric quantization.
+        scale_dtype: the dtype of the scales in the checkpoint.
     """
 
     bits: int
@@ -85,14 +87,14 @@ def _quant_type(module: nn.Module) -> str | None:
 
 
 def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
-    """Read how a GPTQ layer is packed, after checking that its tensors can be trusted.
+    """Read the format of a GPTQ layer, after checking that its tensors can be trusted.
 
     Args:
         layer: a module for which [`is_packed`] holds.
-        name: what to call the layer in an error; its class by default.
+        name: the layer's name in errors; its class by default.
 
     Raises:
-        RepackedLayerError: the layer's kernel holds the weights in a layout of its own.
+        RepackedLayerError: the layer's kernel keeps the weights in its own layout.
         InvalidCheckpointError: the tensors contradict each other or the layer, or hold values out of range.
         ValueError: the layer's tensors are offloaded.
     """
@@ -114,12 +116,12 @@ def read_format(layer: nn.Module, name: str | None = None) -> PackedFormat:
 
 
 def tensor_format(name: str, tensors: PackedTensors, offset: int) -> PackedFormat:
-    """How packed tensors are to be read, after checking that they can be trusted.
+    """The format of packed tensors, after checking that they can be trusted.
 
     Args:
-        name: what to call the layer in an error.
-        tensors: the layer's tensors. Order and zero points of those on the meta device are not known.
-        offset: what their zero points are stored short of: 1 for `gptq` (v1), 0 for `gptq_v2`.
+        name: the layer's name in errors.
+        tensors: the layer's tensors. On the meta device, their group order and zero points are unknown.
+        offset: the amount subtracted from their zero points: 1 for `gptq` (v1), 0 for `gptq_v2`.
 
     Raises:
         InvalidCheckpointError: the tensors contradict each other, or hold values out of range.
@@ -141,10 +143,10 @@ def tensor_format(name: str, tensors: PackedTensors, offset: int) -> PackedForma
 
 
 def repacked(layer: nn.Module) -> str | None:
-    """Why the packed tensors of a layer cannot be read, if its kernel changed them; else None."""
+    """Why the packed tensors of a layer cannot be read, if its kernel has changed them; else None."""
     quant_type = _quant_type(layer)
     if getattr(layer, "SUPPORTS_TRAINING", None) is False or quant_type in _REPACKING_AUTO_GPTQ:
-        return f"its kernel ({quant_type}) keeps the weights in a layout of its own"
+        return f"its kernel ({quant_type}) keeps the weights in its own layout"
     if getattr(layer, "linear_mode", None) == "inference":
         return "its kernel repacked the weights for inference when the model was first evaluated"
     if getattr(layer, "planar", False):
@@ -172,7 +174,7 @@ def _check_stated_shape(layer: nn.Module, name: str, bits: int, in_features: int
 def zero_offset(layer: nn.Module, name: str) -> int:
     """1 if the zero points in memory are stored minus one (v1), 0 if as they are (v2).
 
-    gptqmodel's layers are asked what their kernel computes with, not `qzero_format()`: that still says 1 (v1) for
+    For gptqmodel's layers, the format their kernel needs decides, not `qzero_format()`, which still says 1 (v1) for
     layers loaded from a v2 checkpoint.
     """
     requires_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
@@ -190,7 +192,7 @@ def zero_offset(layer: nn.Module, name: str) -> int:
 
 
 def _grouping(g_idx: torch.Tensor, groups: int) -> tuple[int, bool]:
-    """Group size and whether `g_idx` departs from `k // group_size`."""
+    """The group size, and whether `g_idx` departs from `k // group_size`."""
     rows = g_idx.numel()
     group_size = rows if groups == 1 else int((g_idx == 0).sum())
     in_order = torch.arange(rows, device=g_idx.device) // group_size
@@ -216,7 +218,7 @@ def linear(
         layer: the GPTQ layer.
         packed: its format, from [`read_format`].
         x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
-        scales: `[G, N]` to use in place of the layer's own; the only tensor beside `x` that receives a gradient.
+        scales: `[G, N]` to use instead of the layer's own; the only tensor besides `x` that receives a gradient.
 
     Returns:
         `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
@@ -237,7 +239,7 @@ def lora_linear(
     lora_b: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """`y = x @ W + scaling * (x @ A^T) @ B^T + bias` in one step, which casts once and keeps `x` and `x @ A^T` only.
+    """`y = x @ W + scaling * (x @ A^T) @ B^T + bias` in one step, which casts once and saves only `x` and `x @ A^T`.
 
     Args:
         layer: the GPTQ layer.
@@ -245,7 +247,7 @@ def lora_linear(
         x: `[..., K]`, floating point; cast to autocast's dtype where autocast is on.
         lora_a: `[R, K]`, floating point.
         lora_b: `[N, R]`, floating point. Both factors and `x` receive gradients.
-        scaling: factor of the low-rank branch.
+        scaling: factor of the low-rank product.
 
     Returns:
         `[..., N]` in the dtype of `x` (autocast's dtype where it is on).
@@ -265,21 +267,21 @@ def _tensors_as_read(layer: nn.Module, packed: PackedFormat, scales: torch.Tenso
     if tensors.scales.dtype != packed.scale_dtype:
         raise ValueError(
             f"The scales of a {type(layer).__name__} were cast from {packed.scale_dtype} to {tensors.scales.dtype}, "
-            "and are no longer as the checkpoint stores them. Load the model again, and cast it as a whole, with the "
+            "and are no longer those of the checkpoint. Load the model again, and cast it as a whole, with the "
             "adapter on (`model.to(dtype)`), which leaves scales as they are."
         )
     return tensors if scales is None else tensors._replace(scales=scales)
 
 
 def _activations(x: torch.Tensor) -> torch.Tensor:
-    """In the dtype of autocast, where it is on."""
+    """Cast activations to the dtype of autocast, where it is on."""
     if not x.is_floating_point():
         raise TypeError(
             f"A GPTQ layer takes activations in floating point, not {x.dtype}. If the model casts them to the dtype "
-            "of `qweight`, have it ask for that of `weight`, which adapted and prepared layers have."
+            "of `qweight`, let it use that of `weight`, which adapted and prepared layers have."
         )
     device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):  # which knows nothing of the meta device
+    if x.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast
         return x
     return x.to(torch.get_autocast_dtype(device))
 
@@ -292,7 +294,7 @@ def _add_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
 def dequantize(
     layer: nn.Module, packed: PackedFormat, scales: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The layer's weight, dense `[N, K]` as `nn.Linear` holds it.
+    """Decode the layer's weight: dense `[N, K]`, as in `nn.Linear`.
 
     Raises:
         ValueError: the layer's scales were cast since its format was read.
@@ -303,7 +305,7 @@ def dequantize(
 def dequantize_tensors(
     tensors: PackedTensors, packed: PackedFormat, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """As [`dequantize`], of tensors without a layer."""
+    """[`dequantize`] for tensors without a layer."""
     return ops.dequantize(_packed_weight(tensors, packed), dtype).t()
 
 

@@ -1,8 +1,8 @@
-"""GPTQ checkpoints in `from_pretrained`: every layer that the files hold packed is packed in the model.
+"""GPTQ checkpoints in `from_pretrained`: every layer that is packed in the files is packed in the model.
 
-transformers and optimum pack the layers that a config lets expect, in one width. What else a checkpoint holds packed
-(the experts of a mixture, which transformers keeps in one tensor, the output head, layers of other bits) they leave
-with random weights, which a log says and no error. Here the files decide.
+transformers and optimum pack the layers that the config implies, all with the same bits. Other packed layers (the
+experts of a mixture, which transformers keeps in one tensor, the output head, layers of other bits) get random weights
+with a log line and no error. Here the files decide.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 class GPTQCheckpointQuantizer(GptqHfQuantizer):
-    """transformers' quantizer of GPTQ models, which packs what the checkpoint's files have packed.
+    """transformers' quantizer for GPTQ models, which packs the layers that are packed in the checkpoint's files.
 
-    Mixtures of experts get their experts as modules of their own (by the package defuser, which gptqmodel brings),
-    each layer has the bits and the group size of its tensors, and a missing `g_idx` is that of layers without
-    act-order. The config may also be auto-gptq's `quantize_config.json`, or, of files without one, what the caller
-    passes.
+    Experts of a mixture become separate modules (through the package defuser, which gptqmodel installs), each layer
+    has the bits and group size of its tensors, and a missing `g_idx` means no act-order. The config may also be
+    auto-gptq's `quantize_config.json` or, where the files have none, what the caller passes.
 
     Attributes:
-        checkpoint_files: the safetensors files that the model was loaded from; none of a model that was not.
+        checkpoint_files: the safetensors files that the model was loaded from; empty if it was not loaded.
 
     Raises (from `from_pretrained`):
         InvalidCheckpointError: a packed layer has no counterpart in the model, or tensors that contradict it.
@@ -80,7 +79,7 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
         self._allow_missing_order(model)
 
     def _take_stored_config(self, directory: Path) -> None:
-        """What the checkpoint declares and transformers has dropped or not found."""
+        """Take from the checkpoint what transformers dropped or did not find."""
         file = directory / "config.json"
         stored = quantization_config(directory, read_json(file) if file.is_file() else {}) or {}
         if not self.pre_quantized:
@@ -96,7 +95,7 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
                 setattr(self.quantization_config, name, value)
 
     def _layers_of(self, model: PreTrainedModel, stored_layers: list[str]) -> dict[str, str]:
-        """The layers to pack, by their names in the files."""
+        """The names of the layers to pack, by their names in the files."""
         names = loaded_names(stored_layers, model)
         if missing_layers(model, names.values(), _linear_layers(model)):
             from defuser import convert_model
@@ -130,12 +129,12 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
         if self.optimum_quantizer.desc_act:
             name = next(iter(self._without_order))
             raise InvalidCheckpointError(
-                f"{name} has no g_idx, and the quantization config says desc_act=true, with which rows belong to "
-                "groups in an order that g_idx alone tells. Download the checkpoint again; if it was quantized "
-                "without act-order, set desc_act to false."
+                f"{name} has no g_idx, and the quantization config says desc_act=true, under which only g_idx tells "
+                "the groups of the rows. Download the checkpoint again; if it was quantized without act-order, set "
+                "desc_act to false."
             )
         patterns: Any = model._keys_to_ignore_on_load_missing
-        model._keys_to_ignore_on_load_missing = [*(patterns or []), r"\.g_idx$"]  # of this model alone
+        model._keys_to_ignore_on_load_missing = [*(patterns or []), r"\.g_idx$"]  # of this model only
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # from 5.23 on
         if self._experts_apart:
@@ -153,14 +152,13 @@ class GPTQCheckpointQuantizer(GptqHfQuantizer):
 
 
 def require_readable(model: nn.Module) -> None:
-    """Check that a model has packed what its files have packed, and read layers that their kernels repacked again.
+    """Check that the layers packed in a model are those packed in its files, and reload layers that were repacked.
 
-    Kernels for inference keep weights in layouts of their own, some from their first evaluation on. Where the files
-    that the model was loaded from are still there, such layers are replaced, in place, by ones with gptqmodel's torch
-    kernel.
+    Inference kernels keep weights in their own layouts, some from their first evaluation on. If the files that the
+    model was loaded from still exist, such layers are replaced in place by layers with gptqmodel's torch kernel.
 
     Raises:
-        InvalidCheckpointError: the model lacks layers that the files have packed, or the reverse.
+        InvalidCheckpointError: a layer is packed in the files and not in the model, or the reverse.
         ValueError: the scales of a layer were cast since the model was loaded.
     """
     packed = packed_modules(model)
@@ -173,7 +171,7 @@ def require_readable(model: nn.Module) -> None:
     if not unreadable or source is None or not isinstance(quantizer, GptqHfQuantizer):
         return
     logger.warning(
-        "%d layers were packed for inference by %s: they are read again from %s, for the kernel gptq_torch.",
+        "%d layers were packed for inference by %s: they are reloaded from %s, for the kernel gptq_torch.",
         len(unreadable),
         type(packed[unreadable[0]]).__name__,
         source.checkpoint.directory,
@@ -182,10 +180,10 @@ def require_readable(model: nn.Module) -> None:
     optimum.backend = "gptq_torch"
     for name in unreadable:
         if name in source.layers:
-            _read_again(model, name, source, optimum)
+            _reload(model, name, source, optimum)
 
 
-def _read_again(model: nn.Module, name: str, source: Source, optimum: Any) -> None:
+def _reload(model: nn.Module, name: str, source: Source, optimum: Any) -> None:
     old: Any = model.get_submodule(name)
     stored = source.layers[name]
     tensors = source.checkpoint.packed(stored)
@@ -202,10 +200,10 @@ def _read_again(model: nn.Module, name: str, source: Source, optimum: Any) -> No
         packed.out_features,
         bias is not None,
     )
-    kept = zero_offset(layer, name)
-    state = tensors._replace(qzeros=convert_zeros(tensors.qzeros, packed.bits, packed.zero_offset, kept))._asdict()
+    offset = zero_offset(layer, name)
+    state = tensors._replace(qzeros=convert_zeros(tensors.qzeros, packed.bits, packed.zero_offset, offset))._asdict()
     layer.load_state_dict(state if bias is None else {**state, "bias": bias.read()})
-    layer.qzero_format(format=2 - kept)
+    layer.qzero_format(format=2 - offset)
     layer.post_init()
     device = next(buffer.device for buffer in old.buffers() if not buffer.is_meta)
     model.set_submodule(name, layer.to(device).train(old.training))
@@ -229,7 +227,7 @@ def _make_layer(
     bits, rest = divmod(words * WORD_BITS, in_features)
     if columns != out_features or bits not in SUPPORTED_BITS or rest:
         raise InvalidCheckpointError(
-            f"{stored}.qweight has shape {(words, columns)}, which is not a weight of {in_features} in- and "
+            f"{stored}.qweight has shape {(words, columns)}, which is no weight of {in_features} in- and "
             f"{out_features} out-features, as {name} has, in 2, 3, 4 or 8 bits: the files are of another model than "
             "config.json. Download the checkpoint again."
         )
@@ -250,5 +248,5 @@ def _make_layer(
         packed.scales = packed.scales.to(scales.torch_dtype)  # fp16, unless the files say otherwise
     packed.device = layer.weight.device
     if hasattr(packed, "weight"):
-        packed.weight._is_hf_initialized = True  # what stands in for the weight; transformers would initialize it
+        packed.weight._is_hf_initialized = True  # a stand-in, which transformers would initialize
     return packed.to(layer.weight.device)

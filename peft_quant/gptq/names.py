@@ -1,8 +1,8 @@
-"""Names of layers in a checkpoint's files and in the model that transformers makes of them.
+"""Names of layers in a checkpoint's files and in the model that transformers loads from them.
 
-They differ where transformers renames what it loads, by its own tables, where a model has a head that the checkpoint
-lacks or the reverse, and in mixtures of experts: transformers holds all experts of a layer in one tensor, while GPTQ
-packs each on its own. Names in a model are those of the model whose experts are modules of their own.
+They differ where transformers renames tensors on loading, where a model has a head that the checkpoint lacks or the
+reverse, and in mixtures of experts: transformers holds all experts of a layer in one tensor, while GPTQ packs each
+expert separately. Names in a model are those of the model with its experts as separate modules.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def renamings(model: PreTrainedModel) -> list[WeightRenaming]:
 
 
 def conversions_of(model: PreTrainedModel, **options: Any) -> list[Any]:
-    """transformers' conversions of the tensors of a checkpoint for a model, which may have its experts apart.
+    """How transformers converts the tensors of a checkpoint for a model, whose experts may be separate modules.
 
     Args:
         model: the model.
-        options: of `get_model_conversion_mapping`.
+        options: options of `get_model_conversion_mapping`.
     """
     conversions = get_model_conversion_mapping(model, **options)
     return with_experts_apart(conversions) if has_experts_apart(model) else conversions
 
 
 def has_experts_apart(model: nn.Module) -> bool:
-    """Whether a model has experts that are modules of their own."""
+    """Whether a model has experts that are separate modules."""
     return any(re.search(r"\.experts\.\d+$", name) for name, _ in model.named_modules())
 
 
 def with_experts_apart(conversions: Iterable[Any]) -> list[Any]:
-    """Conversions for a model whose experts are modules of their own, given those for one whose experts are not."""
+    """Conversions for a model whose experts are separate modules, given those for the model as transformers has it."""
     return [
         each
         for conversion in conversions
@@ -62,9 +62,9 @@ def with_experts_apart(conversions: Iterable[Any]) -> list[Any]:
 
 
 def of_experts(conversion: WeightConverter) -> list[WeightRenaming]:
-    """The renamings, expert by expert, in place of a conversion that stacks the projections of all experts.
+    """The renamings, expert by expert, that replace a conversion which stacks the projections of all experts.
 
-    None of a conversion that does anything else.
+    Empty for any other conversion.
     """
     target = conversion.target_patterns[0]
     stacked, _, tensor = target.rpartition(".")
@@ -86,7 +86,7 @@ def of_experts(conversion: WeightConverter) -> list[WeightRenaming]:
 
 
 def loaded_names(layers: Iterable[str], model: PreTrainedModel, known: Container[str] | None = None) -> dict[str, str]:
-    """The names that layers of a checkpoint have in a model, by their names in its files.
+    """The names of a checkpoint's layers in a model, by their names in its files.
 
     Args:
         layers: names in the files.
@@ -94,7 +94,7 @@ def loaded_names(layers: Iterable[str], model: PreTrainedModel, known: Container
         known: layers that the model has; by default the names of its modules.
 
     Returns:
-        A name for each layer, whether or not it is among those known.
+        A name for each layer, known or not.
     """
     weights: Any = _Weights({name for name, _ in model.named_modules()} if known is None else known)
     rules, prefix = renamings(model), model.base_model_prefix
@@ -103,15 +103,15 @@ def loaded_names(layers: Iterable[str], model: PreTrainedModel, known: Container
 
 
 def missing_layers(model: PreTrainedModel, layers: Iterable[str], present: Container[str]) -> list[str]:
-    """Of the layers that a checkpoint has packed, those that a model needs and lacks.
+    """The packed layers of a checkpoint that a model needs and lacks.
 
-    Not needed is what the model's class has no place for, such as the head of a model without one, and what
-    transformers knows to leave out.
+    Layers that the model's class has no place for, such as an output head, are not needed, nor are those that
+    transformers ignores on purpose.
 
     Args:
         model: the model, with or without adapters.
-        layers: names that the checkpoint's layers have in the model.
-        present: names of the layers that the model has.
+        layers: names of the checkpoint's packed layers in the model.
+        present: names of the model's layers.
     """
     places = {name.replace(".base_layer", "") for name, _ in model.named_modules()} - {""}
     unused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -125,14 +125,14 @@ def missing_layers(model: PreTrainedModel, layers: Iterable[str], present: Conta
 
 
 def _within(name: str) -> Iterator[str]:
-    """The name, and those of the modules that it lies in."""
+    """The name, and the names of the modules around it."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 class _Weights:
-    """The weights of layers, as `rename_source_key` asks for them."""
+    """A state dict of layers' weights, as far as `rename_source_key` needs one."""
 
     def __init__(self, layers: Container[str]) -> None:
         self.layers = layers
@@ -142,14 +142,14 @@ class _Weights:
 
 
 class StoredNames:
-    """Where the tensors of a model that is loaded from a checkpoint lie in its files, without loading it.
+    """Maps names in a model to names in the files of its checkpoint, without loading the model.
 
     Names are looked up as they are, or else as transformers maps them for the class that `architectures` in
-    config.json names, and for the one of an adapter's task.
+    config.json names, and for the class of an adapter's task.
 
     Args:
         checkpoint: the checkpoint.
-        task_type: of the adapter, as PEFT names it.
+        task_type: the adapter's task, as PEFT names it.
     """
 
     def __init__(self, checkpoint: Checkpoint, task_type: str | None) -> None:
@@ -157,11 +157,11 @@ class StoredNames:
         self._task_type = task_type
 
     def layers(self, layers: Collection[str]) -> dict[str, str]:
-        """Names in the files of packed layers, by their names in the model. What is not there is left out."""
+        """Names of packed layers in the files, by their names in the model. Missing ones are left out."""
         return self._find(layers, set(self.checkpoint.packed_layers))
 
     def tensors(self, names: Collection[str]) -> dict[str, str]:
-        """Names in the files of tensors, by their names in the model. What is not there is left out."""
+        """Names of tensors in the files, by their names in the model. Missing ones are left out."""
         stored = {name.rpartition(".")[0] for name in self.checkpoint.tensors}
         modules = self._find({name.rpartition(".")[0] for name in names}, stored)
         found = {}
@@ -172,7 +172,7 @@ class StoredNames:
         return found
 
     def ties(self) -> dict[str, str]:
-        """Tensors of the model that are the same one, in pairs of names."""
+        """Tied tensors of the model, as pairs of names."""
         return next((dict(model.all_tied_weights_keys) for model in self._models()), {})
 
     def _find(self, wanted: Collection[str], stored: set[str]) -> dict[str, str]:
@@ -187,7 +187,7 @@ class StoredNames:
         return found
 
     def _models(self) -> Iterator[PreTrainedModel]:
-        """Models without values that the checkpoint may be loaded into."""
+        """Models without values, of the classes that the checkpoint may be loaded as."""
         config = AutoConfig.from_pretrained(self.checkpoint.directory)
         for holder in (config, config.get_text_config()):
             if hasattr(holder, "quantization_config"):

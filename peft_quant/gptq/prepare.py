@@ -1,4 +1,4 @@
-"""GPTQ layers that train lean, under any PEFT method."""
+"""Memory-saving training of GPTQ layers under any PEFT method."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .zero_points import keep_checkpoint_format
 def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
     """Make a model's GPTQ layers decode their weights again in backward instead of keeping them dense.
 
-    The kernels that GPTQ packages train with save every decoded weight for backward: 2 bytes a weight in 16 bits, four
-    times the packed one. This puts [`peft_quant.gptq.linear`] in the place of the layers' forward (EMEF, 2306.08162),
-    so that PEFT methods that take GPTQ layers (LoRA, OFT, MiSS, VeRA...) train in the memory of the packed model. PEQA
-    and LREC do so on their own.
+    The training kernels of GPTQ packages save every decoded weight for backward: 2 bytes per weight in 16 bits, four
+    times as much as 4-bit packed ones. This replaces the layers' forward with [`peft_quant.gptq.linear`] (EMEF,
+    2306.08162), so that PEFT methods that support GPTQ layers (LoRA, OFT, MiSS, VeRA...) train in the memory of the
+    packed model. PEQA and LREC need no preparation.
 
-    Works in place, before or after `get_peft_model`, and again on the same model. Tensors, state dicts and saved
-    checkpoints stay as they are, but for zero points that `save_pretrained` would have shifted: they are written as
-    the model's config declares them. Casting the model leaves the layers' scales in their dtype, and their `weight`
-    has the shape, device and dtype of the weight, but no values. [`restore_gptq_forward`] undoes it.
+    Works in place, before or after `get_peft_model`, and may be repeated. Tensors, state dicts and saved checkpoints
+    stay as they are, except for zero points that `save_pretrained` would have shifted: they are written as the model's
+    config declares them. Casting the model leaves the layers' scales in their dtype, and their `weight` has the shape,
+    device and dtype of the weight, but no values. [`restore_gptq_forward`] undoes it.
 
     Args:
         model: a model with GPTQ layers.
@@ -36,9 +36,9 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no GPTQ layers.
-        InvalidCheckpointError: the model lacks layers that its checkpoint has packed, or as
-            [`peft_quant.gptq.read_format`]. No layer is changed then.
-        RepackedLayerError: as [`peft_quant.gptq.read_format`].
+        InvalidCheckpointError: layers are packed in the checkpoint and not in the model, or
+            [`peft_quant.gptq.read_format`] raises it. No layer is changed then.
+        RepackedLayerError: [`peft_quant.gptq.read_format`] raises it.
     """
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is not None:
@@ -62,10 +62,10 @@ def prepare_gptq_for_training(model: nn.Module) -> nn.Module:
 
 
 def restore_gptq_forward(model: nn.Module) -> nn.Module:
-    """Undo [`prepare_gptq_for_training`]: the layers use their kernel's forward again.
+    """Undo [`prepare_gptq_for_training`]: the layers use their own forward again.
 
     Args:
-        model: the model, which may have no such layers.
+        model: the model, with or without prepared layers.
 
     Returns:
         The model.
@@ -84,7 +84,7 @@ def is_prepared(module: nn.Module) -> bool:
 
 @cache
 def _lean_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """A kernel's class with our forward. A method set on each layer would be compiled for each by torch.compile."""
+    """A kernel's class with our forward. torch.compile would compile a method set on each layer separately."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return linear(self, self._lean_format, x)

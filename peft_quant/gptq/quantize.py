@@ -19,13 +19,13 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..files import new_directory
 from .names import with_experts_apart
-from .quantize_resume import kept
+from .quantize_resume import resumable
 from .source import packed_modules
 from .zero_points import keep_checkpoint_format
 
 
 _PACKED_TOGETHER = 32
-"""In- and out-features that gptqmodel packs at once, in every width."""
+"""In- and out-features must be multiples of this for gptqmodel to pack them, at every bit width."""
 
 
 def quantize_checkpoint(
@@ -43,28 +43,28 @@ def quantize_checkpoint(
     """Quantize a float causal language model to a GPTQ checkpoint (Frantar et al., 2022, arXiv 2210.17323).
 
     Uses transformers' `GPTQConfig`. Symmetric checkpoints are written in the `gptq` (v1) format, which every engine
-    reads; asymmetric ones in `gptq_v2`, which stores every zero point exactly. What is not quantized (embeddings,
-    norms, routers, output head) keeps the dtype of the float checkpoint.
+    reads; asymmetric ones in `gptq_v2`, which stores every zero point exactly. Everything else (embeddings, norms,
+    routers, output head) keeps the dtype of the float checkpoint.
 
-    The experts of a mixture are taken apart first, by defuser, and are quantized one by one, all layers of a block on
-    the inputs of the float ones; experts that no calibration token reaches are rounded to nearest. In the files they
-    have the names of float checkpoints. transformers loads them after `import peft_quant`, gptqmodel and vLLM as they
-    are.
+    In a mixture of experts, defuser first splits the experts into modules, which are quantized one by one. The inputs
+    of all layers of a block come from the float block, and experts that no calibration token reaches are rounded to
+    nearest. In the files they have the names of float checkpoints. transformers loads such a checkpoint after
+    `import peft_quant`; gptqmodel and vLLM load it as it is.
 
-    With `state`, each layer is kept there once it is finished. Interrupted, it goes on after the last one when called
-    again with the same arguments, and on the same device with as many threads writes the same checkpoint to the bit.
-    Until `out` is complete, `state` takes about one byte on the disk for each weight that is quantized.
+    With `state`, each finished layer is saved there. After an interruption, the same call resumes behind the last
+    finished layer; on the same device with the same number of threads, the checkpoint is the same bit for bit. Until
+    `out` is complete, `state` takes about one byte of disk per quantized weight.
 
     Args:
         model: directory or Hub id of the float model, with its tokenizer.
         out: directory to write, which must not exist; it appears once it is complete.
-        calibration: texts, each used whole as one calibration sample.
+        calibration: texts, each one a calibration sample.
         bits: 2, 3, 4 or 8.
         group_size: in-features that share a scale, or -1 for one scale per output channel.
         symmetric: fix every zero point at `2 ** (bits - 1)`.
         act_order: quantize columns in the order of decreasing activation (`desc_act`).
-        exclude: names or name endings of layers to leave in float.
-        state: directory for finished layers; new, or one that an interrupted call left. It is removed at the end.
+        exclude: names, or ends of names, of layers to leave in float.
+        state: directory for finished layers: a new one, or that of an interrupted call. Removed at the end.
 
     Returns:
         The path of `out`.
@@ -72,8 +72,8 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: `out` exists.
         ValueError: no calibration text, options GPTQ does not support, a model that is quantized already or whose
-            GPTQ checkpoint transformers does not load, a layer that cannot be packed, or a `state` of another model,
-            calibration or version, or with other options. Nothing is calibrated then.
+            GPTQ checkpoint transformers could not load, a layer that cannot be packed, or a `state` of another model,
+            calibration, version or set of options. All are raised before calibration.
     """
     if not calibration:
         raise ValueError("GPTQ needs calibration texts, got none.")
@@ -81,7 +81,7 @@ def quantize_checkpoint(
     _require_quantizable(os.fspath(model), float_config)
     with new_directory(out) as directory:
         quantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        has_experts = _take_experts_apart(quantized)
+        has_experts = _split_experts(quantized)
         config = GPTQConfig(
             bits=bits,
             group_size=group_size,
@@ -104,13 +104,13 @@ def quantize_checkpoint(
         }
         if exclude:
             options["exclude"] = sorted(exclude)
-        with _left_out(quantized, exclude):
+        with _excluded(quantized, exclude):
             _require_packable(quantized, quantizer.optimum_quantizer)
-            with kept(quantized, state, calibration, options) if state is not None else nullcontext():
+            with resumable(quantized, state, calibration, options) if state is not None else nullcontext():
                 quantizer.postprocess_model(quantized)
         quantized.hf_quantizer = quantizer
         written: Any = quantized.config.quantization_config
-        written.dataset = None  # its texts would be written to config.json
+        written.dataset = None  # or its texts would be written to config.json
         written.tokenizer = None
         written.backend = "auto"
         written.format = "gptq" if symmetric else "gptq_v2"
@@ -128,21 +128,22 @@ def quantize_checkpoint(
 
 
 def _require_quantizable(model: str, config: Any) -> None:
-    """Check what can be told before the weights are read."""
+    """Check what the config alone tells."""
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{model} is quantized already: give the float model that it was made of.")
+        raise ValueError(f"{model} is quantized already: pass the float model it was made from.")
     classes: Any = AutoModelForCausalLM._model_mapping
     expected = classes[type(config)].__name__ if type(config) in classes else None
     found = (config.architectures or [expected])[0]
     if found != expected or config.get_text_config() is not config:
         raise ValueError(
-            f"{model} is a {found}. Quantized here are causal language models, whose GPTQ checkpoints transformers "
-            "loads. Quantize it with GPTQModel, if that knows the architecture: what it writes trains here too."
+            f"{model} is a {found}. Only causal language models are quantized here, as transformers loads "
+            "their GPTQ checkpoints. Quantize it with GPTQModel, if that supports the architecture: its checkpoints "
+            "train here too."
         )
 
 
-def _take_experts_apart(model: PreTrainedModel) -> bool:
-    """Turn tensors that hold all experts of a layer into modules, in place. Whether there were any."""
+def _split_experts(model: PreTrainedModel) -> bool:
+    """Split tensors that hold all experts of a layer into modules, in place. Returns whether there were any."""
     if not _fused_experts(model):
         return False
     from defuser import convert_model
@@ -151,11 +152,11 @@ def _take_experts_apart(model: PreTrainedModel) -> bool:
     left = _fused_experts(model)
     if left:
         raise ValueError(
-            f"{type(model).__name__} holds all experts of {left[0]} in one tensor, which defuser does not take apart: "
+            f"{type(model).__name__} holds all experts of {left[0]} in one tensor, which defuser does not split: "
             "they would stay in float. Update defuser and gptqmodel, or quantize with GPTQModel."
         )
     loaded: Any = model
-    loaded._weight_conversions = with_experts_apart(loaded._weight_conversions or ())  # which saving reverts
+    loaded._weight_conversions = with_experts_apart(loaded._weight_conversions or ())  # reverted on saving
     return True
 
 
@@ -168,7 +169,7 @@ def _fused_experts(model: nn.Module) -> list[str]:
 
 
 def _require_packable(model: PreTrainedModel, optimum: Any) -> None:
-    """Check, before it is calibrated, that each layer can be packed in the end.
+    """Check, before calibration, that each layer can be packed.
 
     Raises:
         ValueError: naming the layers that cannot.
@@ -179,12 +180,12 @@ def _require_packable(model: PreTrainedModel, optimum: Any) -> None:
         blocks = get_block_name_with_pattern(model)
     except ValueError as error:
         raise ValueError(
-            f"optimum does not know where the blocks of {type(model).__name__} are, neither to quantize nor to load "
-            "them. Quantize it with GPTQModel: what that writes trains here too."
+            f"optimum does not know the blocks of {type(model).__name__}, neither to quantize nor to load them. "
+            "Quantize it with GPTQModel: its checkpoints train here too."
         ) from error
     layers = get_layers(model, prefix=blocks)
     if not layers:
-        raise ValueError(f"There is no layer to quantize in {blocks} of {type(model).__name__}.")
+        raise ValueError(f"No layer to quantize in {blocks} of {type(model).__name__}.")
     shapes = {name: _features(layer) for name, layer in layers.items()}
     unfit = {name: shape for name, shape in shapes.items() if any(size % _PACKED_TOGETHER for size in shape)}
     if unfit:
@@ -216,18 +217,18 @@ def _features(layer: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _left_out(model: PreTrainedModel, exclude: Sequence[str]) -> Iterator[None]:
-    """Within it, optimum does not see the layers that are to stay in float, which it finds by their class.
+def _excluded(model: PreTrainedModel, exclude: Sequence[str]) -> Iterator[None]:
+    """Context that hides the layers to leave in float from optimum, which finds layers by their class.
 
     Raises:
-        ValueError: a name fits no layer.
+        ValueError: a name matches no layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     hidden: dict[str, Any] = {}
     for ending in exclude:
         found = [name for name in layers if f".{name}".endswith(f".{ending}")]
         if not found:
-            raise ValueError(f"exclude has {ending!r}, with which no layer of {type(model).__name__} ends.")
+            raise ValueError(f"exclude has {ending!r}, but no layer name of {type(model).__name__} ends with it.")
         hidden |= {name: type(layers[name]) for name in found}
     for name, layer_class in hidden.items():
         layers[name].__class__ = type("FloatLayer", (nn.Module,), {"forward": layer_class.forward})
@@ -239,5 +240,5 @@ def _left_out(model: PreTrainedModel, exclude: Sequence[str]) -> Iterator[None]:
 
 
 def _packed_in_blocks(model: PreTrainedModel) -> list[str]:
-    """The endings, behind the number of the block, of the names of the layers that are packed."""
+    """Names of the packed layers within their blocks."""
     return sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in packed_modules(model)})

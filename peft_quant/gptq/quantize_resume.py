@@ -1,8 +1,8 @@
-"""Layers that GPTQ has finished, kept on disk for an interrupted quantization to go on from.
+"""Per-layer checkpoints that let an interrupted quantization resume.
 
-optimum's `GPTQQuantizer` goes through a model layer by layer, and has no state to go on from. It is kept here at the
-border between optimum and gptqmodel: the class `GPTQ`, which takes the inputs of one layer, gives back its scales,
-zero points and groups, and sets its weight.
+optimum's `GPTQQuantizer` goes through a model layer by layer and saves no state. It is saved here, where optimum calls
+gptqmodel: the class `GPTQ` takes the inputs of one layer, returns its scales, zero points and groups, and sets its
+weight.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import new_directory, new_file
+from ..registry import replace_gptq_solver
 from .fingerprint import update_with_samples
 
 
@@ -38,10 +39,10 @@ _COMPUTED_BY = ("torch", "transformers", "optimum", "gptqmodel")
 
 @dataclass(frozen=True)
 class Layer:
-    """What GPTQ made of a layer.
+    """A layer after GPTQ.
 
     Attributes:
-        weight: fp32, dequantized, in the shape and memory layout that the layer has it in.
+        weight: fp32, dequantized, in the shape and memory layout of the layer's own.
         scale: fp32, `[out_features, groups]`.
         zero: fp32, `[out_features, groups]`.
         g_idx: int32, the group of each in-feature.
@@ -56,14 +57,14 @@ class Layer:
 
 
 class FinishedLayers:
-    """A directory of layers: a safetensors file each, and `settings.json`, which says of what quantization.
+    """A directory of finished layers: a safetensors file each, and `settings.json`, which identifies the quantization.
 
-    A file holds codes as uint8, scales and zero points, about one byte a weight; where these do not give back the
-    weight to the bit, it holds the weight itself. Files appear whole, and the directory with the first of them.
+    A file holds codes as uint8, scales and zero points, about one byte per weight; where these do not reproduce the
+    weight bit for bit, it holds the weight itself. Files are written atomically; the first one creates the directory.
 
     Args:
-        directory: where they lie, or will.
-        settings: names and values of JSON, all that decides what the layers are.
+        directory: existing or new.
+        settings: everything that determines the layers, as JSON values by name.
 
     Raises:
         ValueError: `directory` holds something else, or layers of other settings.
@@ -80,12 +81,12 @@ class FinishedLayers:
             raise ValueError(
                 f"{self.directory} is of another quantization: it has "
                 f"{', '.join(f'{name}={found.get(name)!r}' for name in different)}; asked for was "
-                f"{', '.join(f'{name}={settings.get(name)!r}' for name in different)}. Ask for the same to go on from "
-                "it, or remove it."
+                f"{', '.join(f'{name}={settings.get(name)!r}' for name in different)}. Ask for the same to "
+                "resume it, or remove it."
             )
 
     def load(self, name: str) -> Layer | None:
-        """A layer, on the CPU, or None if it is not there."""
+        """Load a layer to the CPU; None if there is no complete file of it."""
         file = self.directory / f"{name}{_LAYER}"
         if not file.exists():
             return None
@@ -94,7 +95,7 @@ class FinishedLayers:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
                 layout = json.loads(stored.metadata()["layout"])
         except SafetensorError:
-            logger.warning("%s was not written to its end, and is passed over.", file)
+            logger.warning("%s was not written to its end, and is ignored.", file)
             return None
         weight = torch.empty_strided(layout["shape"], layout["stride"])
         rows = tensors.pop("weight", None)
@@ -104,11 +105,11 @@ class FinishedLayers:
         return Layer(weight, **tensors, mock=layout["mock"])
 
     def save(self, name: str, layer: Layer, transposed: bool) -> None:
-        """Keep a layer.
+        """Save a layer.
 
         Args:
-            name: of the layer.
-            layer: what it is.
+            name: the layer's name in the model.
+            layer: the layer.
             transposed: whether its weight is `[in_features, out_features]`.
         """
         if not self.directory.exists():
@@ -144,12 +145,12 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def state_beside(out: Path) -> Path:
-    """The directory of finished layers of a checkpoint that is to be written at `out`: `OUT.unfinished`."""
+    """The directory for finished layers of the checkpoint to write at `out`: `OUT.unfinished`."""
     return out.with_name(f"{out.name}.unfinished")
 
 
 def count_finished(directory: str | os.PathLike[str]) -> tuple[int, int]:
-    """How many layers a directory of [`FinishedLayers`] has, and how many the model has.
+    """Count the layers in a directory of [`FinishedLayers`], and those of the model.
 
     Raises:
         ValueError: it is not one.
@@ -159,25 +160,25 @@ def count_finished(directory: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 @contextmanager
-def kept(
+def resumable(
     model: PreTrainedModel, state: str | os.PathLike[str], calibration: list[str], options: dict[str, Any]
 ) -> Iterator[None]:
-    """Within it, optimum's `GPTQQuantizer` keeps each layer that it finishes, and takes those that are there.
+    """Context in which optimum's `GPTQQuantizer` saves each layer it finishes, and loads those already finished.
 
-    A layer that is there collects no inputs and solves nothing, and a forward pass of its block only to collect them
-    is left out: a finished block costs one forward pass, in place of one for each of its layers and one more.
+    A finished layer collects no inputs and solves nothing, and forward passes that would only collect inputs are
+    skipped: a finished block costs one forward pass, instead of one for each of its layers and one more.
 
     Args:
-        model: the float model that is quantized within, in fp32.
+        model: the float model to quantize, in fp32.
         state: directory of [`FinishedLayers`].
-        calibration: texts that it is quantized with.
-        options: by name, all others that decide what the layers are.
+        calibration: calibration texts.
+        options: all other options that determine the layers, by name.
 
     Raises:
         ValueError: `state` holds something else, or layers of another model, calibration or version, or with other
             options.
     """
-    from optimum.gptq import quantizer as optimum
+    from optimum.gptq.quantizer import GPTQ
     from optimum.gptq.utils import get_block_name_with_pattern, get_layers
 
     blocks = list(model.get_submodule(get_block_name_with_pattern(model)).children())
@@ -190,9 +191,9 @@ def kept(
     }
     finished = FinishedLayers(state, settings)
     names = {module: name for name, module in model.named_modules()}
-    waiting: list[Any] = []  # those whose inputs are being collected, or were
+    waiting: list[Any] = []  # layers of the current pass
 
-    class KeptGPTQ(optimum.GPTQ):
+    class ResumableGPTQ(GPTQ):
         def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
             super().__init__(module, *args, **kwargs)
             self.layer = finished.load(names[module])
@@ -226,20 +227,18 @@ def kept(
 
         return wrapped
 
-    original = optimum.GPTQ
-    optimum.GPTQ = KeptGPTQ
     for block in blocks:
         block.forward = unless_collected(block.forward)
     try:
-        yield
+        with replace_gptq_solver(ResumableGPTQ):
+            yield
     finally:
-        optimum.GPTQ = original
         for block in blocks:
             del block.forward  # of the object, which hid that of its class
 
 
 def _model_digest(model: PreTrainedModel) -> str:
-    """Of the config, and of 256 values of every tensor: the same for the same model in another directory."""
+    """Digest of the config and of 256 values of every tensor: independent of the model's directory."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""The files that a model in memory was loaded from, and whether it holds what they do."""
+"""The files that a model in memory was loaded from, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .zero_points import checkpoint_format, stored_zero_offset
 
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The GPTQ layers of a model, by the names that they have without adapters."""
+    """The GPTQ layers of a model, by their names without adapters."""
     return {name.removesuffix(".base_layer"): module for name, module in model.named_modules() if is_packed(module)}
 
 
 def require_whole(model: nn.Module) -> None:
-    """Check that a model has packed what the files that it was loaded from have packed, if they are still there.
+    """Check that a model has the same packed layers as the files it was loaded from, if they still exist.
 
     Raises:
-        InvalidCheckpointError: it has not: the layers that differ have random weights.
+        InvalidCheckpointError: some layers differ, and so have random weights.
     """
     packed = packed_modules(model)
     source = Source.of(model, packed.keys())
@@ -45,7 +45,7 @@ class Source:
     Attributes:
         model: the model, with or without adapters.
         checkpoint: its files.
-        layers: names in the files of the layers that are packed there, by their names in the model.
+        layers: names of the packed layers in the files, by their names in the model.
     """
 
     model: PreTrainedModel
@@ -54,11 +54,11 @@ class Source:
 
     @classmethod
     def of(cls, model: nn.Module, packed: Collection[str]) -> Source | None:
-        """The source of a model; None if its files cannot be found any more, or hold nothing packed.
+        """The source of a model; None if its files cannot be found any more, or have no packed layer.
 
         Args:
             model: the model, with or without adapters.
-            packed: the names of its packed layers, as they are without adapters.
+            packed: the names of its packed layers, without adapters.
         """
         checkpoint = _checkpoint_of(model) if isinstance(model, PreTrainedModel) else None
         if checkpoint is None or not checkpoint.packed_layers or not isinstance(model, PreTrainedModel):
@@ -68,7 +68,7 @@ class Source:
         return cls(model, checkpoint, {name: stored for stored, name in names.items()})
 
     def require_whole(self, packed: Collection[str]) -> None:
-        """As the function of this name, given the names of the model's packed layers."""
+        """The function of this name, given the names of the model's packed layers."""
         left_out = missing_layers(self.model, self.layers, packed)
         made_up = [name for name in packed if name not in self.layers and f"{name}.weight" in self.checkpoint.tensors]
         for names, what in ((left_out, "packed in the files and not"), (made_up, "in float in the files and packed")):
@@ -82,10 +82,10 @@ class Source:
                 )
 
     def require_own_scales(self, layers: Mapping[str, Any]) -> None:
-        """Check that scales have the dtype of the files, in which alone they have their values.
+        """Check that scales have the dtype they have in the files, as a cast would have rounded them.
 
         Args:
-            layers: packed layers of the model, by the names that they have without adapters.
+            layers: packed layers of the model, by their names without adapters.
 
         Raises:
             ValueError: they were cast, and so rounded, since the model was loaded.
@@ -97,14 +97,14 @@ class Source:
                 raise ValueError(
                     f"The scales of {name} are {scales.dtype} in memory and {stored.torch_dtype} in "
                     f"{self.checkpoint.directory}: the model was cast after it was loaded, which rounds them. Load it "
-                    "in the dtype it is to compute in, `from_pretrained(..., dtype=...)`, which leaves scales as they "
-                    "are, or cast it with the adapter on."
+                    "in the dtype to compute in, `from_pretrained(..., dtype=...)`, which leaves scales as they are, "
+                    "or cast it with the adapter on."
                 )
 
     def digest(self, layers: Mapping[str, tuple[PackedTensors, PackedFormat]]) -> str | None:
-        """SHA-256 of every tensor of the checkpoint; None if the given layers of the model are not those of its files.
+        """SHA-256 of every tensor of the checkpoint; None if the given layers of the model differ from its files.
 
-        Layers are compared by samples: they differ where an adapter was merged into the model since it was loaded.
+        Layers are compared by samples. They differ if an adapter was merged into the model after loading.
         """
         zero_offset = stored_zero_offset(checkpoint_format(self.model) or "gptq")
         for name, (tensors, packed) in layers.items():

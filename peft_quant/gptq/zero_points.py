@@ -1,9 +1,9 @@
-"""Zero points in the format the checkpoint declares, whatever a kernel keeps in memory.
+"""State dicts with zero points in the format the config declares, whatever a kernel keeps in memory.
 
-gptqmodel's trainable kernels convert `gptq` (v1) zero points to v2 when a model is loaded, but the model's config goes
-on saying `gptq`, so that `save_pretrained` of such a model writes a checkpoint whose zero points are off by one. The
-hooks here translate at the border: `state_dict()` gives, and `load_state_dict()` takes, what the config declares.
-Nothing in memory changes, so training can go on after a save.
+gptqmodel's trainable kernels convert `gptq` (v1) zero points to v2 when a model is loaded, but its config still says
+`gptq`, so that `save_pretrained` writes a checkpoint whose zero points are off by one. The hooks here convert on
+the way: `state_dict()` returns, and `load_state_dict()` takes, the format that the config declares. Nothing in memory
+changes, so training can continue after a save.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def checkpoint_format(model: nn.Module) -> str | None:
 
 
 def declared_format(quantization_config: Any) -> str | None:
-    """As [`checkpoint_format`], from a quantization config (object or dict)."""
+    """[`checkpoint_format`] from a quantization config (object or dict)."""
     if quantization_config is None:
         return None
     if not isinstance(quantization_config, dict):
@@ -35,7 +35,7 @@ def declared_format(quantization_config: Any) -> str | None:
 
 
 def stored_zero_offset(declared: str) -> int:
-    """What zero points are stored short of in a checkpoint format."""
+    """The amount subtracted from the zero points that a checkpoint format stores."""
     return 0 if declared == "gptq_v2" else 1
 
 
@@ -51,7 +51,7 @@ def keep_checkpoint_format(model: nn.Module) -> None:
 
 def _to_checkpoint(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
     for key, qzeros, bits, in_memory, declared in _packed_zeros(model, state_dict, prefix):
-        if torch.equal(state_dict[key], qzeros):  # not yet translated, by the hook of a model within this one
+        if torch.equal(state_dict[key], qzeros):  # not yet converted, by the hook of a model within this one
             state_dict[key] = convert_zeros(state_dict[key], bits, in_memory, declared)
 
 

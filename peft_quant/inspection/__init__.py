@@ -1,4 +1,4 @@
-"""What a checkpoint or an adapter is, read from its files."""
+"""Inspection of checkpoints and adapters, from their files."""
 
 from .adapter import AdapterComparison, AdapterInspection, compare_adapters, inspect_adapter
 from .changes import LayerChange, cosine_similarities, layer_changes

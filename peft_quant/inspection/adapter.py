@@ -1,4 +1,4 @@
-"""What an adapter is, and how far it moved each layer."""
+"""Inspection of adapters: base, size, and how far each layer moved."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class AdapterInspection:
     Attributes:
         path: directory or Hub id.
         method: `"PEQA"`, `"LREC"` or `"LORA"`.
-        base_name: what the adapter calls its base.
-        base_quantization: format and fingerprint of its base, if it recorded them.
+        base_name: the adapter's name for its base.
+        base_quantization: recorded format and fingerprint of its base; None if not recorded.
         fits_base: whether the given base has that fingerprint; None without a base or a fingerprint.
-        version: of peft_quant, that made it; None if it is not recorded.
-        bytes: of its tensors.
-        values: how many there are in all tensors.
-        other_values: how many of these are of other modules, trained whole or in part.
-        changes: of each GPTQ layer, in the model's order; without relative ones if the base is not given or another.
-        notes: what to know.
+        version: version of peft_quant that saved it; None if not recorded.
+        bytes: size of its tensors.
+        values: number of values in its tensors.
+        other_values: number of these in other modules than GPTQ layers.
+        changes: change of each GPTQ layer, in the model's order; relative changes need the adapter's base.
+        notes: remarks.
     """
 
     path: str
@@ -79,7 +79,7 @@ class AdapterInspection:
         for change in self.changes:
             modules.setdefault(split_block(change.name)[1], []).append(change)
         rows: list[tuple[str, ...]] = [
-            ("module", "layers", "change: mean", "least", "most", "most in", *_further(self.changes))
+            ("module", "layers", "change: mean", "least", "most", "most in", *_extra_columns(self.changes))
         ]
         for module, changes in modules.items():
             most = max(changes, key=_size)
@@ -90,21 +90,26 @@ class AdapterInspection:
                     *(_percent(most, value) for value in (_mean(map(_size, changes)), min(map(_size, changes)))),
                     _percent(most, _size(most)),
                     most.name,
-                    *_further(self.changes, changes),
+                    *_extra_columns(self.changes, changes),
                 )
             )
-        return f"{_what(self.changes)}\n{text_table(rows)}"
+        return f"{_caption(self.changes)}\n{text_table(rows)}"
 
     def layer_table(self) -> str:
-        """A row a layer."""
+        """A table with one row per layer."""
         if not self.changes:
             return "no GPTQ layer is changed"
-        rows: list[tuple[str, ...]] = [("layer", "values", "change", *_further(self.changes))]
+        rows: list[tuple[str, ...]] = [("layer", "values", "change", *_extra_columns(self.changes))]
         rows += [
-            (change.name, f"{change.values:,}", _percent(change, _size(change)), *_further(self.changes, [change]))
+            (
+                change.name,
+                f"{change.values:,}",
+                _percent(change, _size(change)),
+                *_extra_columns(self.changes, [change]),
+            )
             for change in self.changes
         ]
-        return f"{_what(self.changes)}\n{text_table(rows)}"
+        return f"{_caption(self.changes)}\n{text_table(rows)}"
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,10 @@ class AdapterComparison:
     """Two adapters side by side.
 
     Attributes:
-        first: the one.
-        second: the other.
-        cosines: between their changes, for the layers that both change in the same way.
-        cosine: over all of these layers; None if there are none.
+        first: the first adapter.
+        second: the second adapter.
+        cosines: cosine similarity of the changes, by layer, for layers that both change in the same way.
+        cosine: cosine similarity over all these layers; None if there are none.
     """
 
     first: AdapterInspection
@@ -130,7 +135,7 @@ class AdapterComparison:
         return f"{self.first}\n\n{self.second}\n\n{similarity}\n{self.layer_table()}"
 
     def layer_table(self) -> str:
-        """A row a layer of either."""
+        """A table with one row per layer of either adapter."""
         by_name = [{change.name: change for change in side.changes} for side in (self.first, self.second)]
         rows: list[tuple[str, ...]] = [("layer", "first", "second", "cosine")]
         for name in sorted({*by_name[0], *by_name[1]}, key=natural_order):
@@ -147,21 +152,21 @@ def inspect_adapter(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> AdapterInspection:
-    """Say what an adapter is, and how far it moved each layer.
+    """Inspect an adapter: its base, its size, and how far it moved each layer.
 
-    Works on files: needs neither a GPU nor a GPTQ package, and memory for the adapter and one layer of the base.
+    Reads files only: needs neither a GPU nor a GPTQ package, and memory for the adapter and one layer of the base.
 
     Args:
         path: directory or Hub id of a PEQA, LREC or LoRA adapter.
-        base: directory or Hub id of the GPTQ checkpoint it is for, in safetensors, whose weights are read. Changes are
-            relative to it.
+        base: directory or Hub id of its GPTQ base, in safetensors. Its weights are read, and changes are also given
+            relative to them.
         revision: branch, tag or commit of `path`, if it is a Hub id.
         token: Hub token.
 
     Raises:
         FileNotFoundError: no `adapter_config.json` or `adapter_model.safetensors`.
         InvalidCheckpointError: a file is truncated, or a layer of the base is damaged.
-        ValueError: an adapter of another method or a damaged one.
+        ValueError: the adapter is of another method, or damaged.
     """
     return _inspect(path, base, revision, token)[0]
 
@@ -174,17 +179,19 @@ def compare_adapters(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> AdapterComparison:
-    """Inspect two adapters and say how alike their changes are.
+    """Inspect two adapters and compare their changes.
 
     Args:
         first: directory or Hub id of an adapter.
-        second: of another one.
-        base: as in [`inspect_adapter`], for both; for an adapter of another base it is not used.
+        second: directory or Hub id of another one.
+        base: as in [`inspect_adapter`], for both; not used for an adapter of another base.
         revision: branch, tag or commit of the adapters that are Hub ids.
         token: Hub token.
 
     Raises:
-        FileNotFoundError, ValueError: as [`inspect_adapter`] does; two adapters of one layer whose shapes differ.
+        FileNotFoundError: as [`inspect_adapter`].
+        InvalidCheckpointError: as [`inspect_adapter`].
+        ValueError: as [`inspect_adapter`], or the adapters' shapes differ in a layer.
     """
     (one, *of_one), (other, *of_other) = (_inspect(path, base, revision, token) for path in (first, second))
     cosines = cosine_similarities(of_one[0], of_other[0], (of_one[1], of_other[1]))
@@ -244,14 +251,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = read_json(file)
     method = config.get("peft_type")
     if method not in _METHODS:
-        raise ValueError(f"{directory} is a {method} adapter. Inspected are PEQA, LREC and LoRA ones.")
+        raise ValueError(f"{directory} is a {method} adapter: only PEQA, LREC and LoRA adapters can be inspected.")
     if config.get("use_dora"):
         raise ValueError(f"{directory} is a DoRA adapter, whose changes are not the products of its two matrices.")
     return config
 
 
 def _compare(checkpoint: Checkpoint, layers: Iterable[str], config: dict[str, Any]) -> tuple[Layers, str | None]:
-    """The layers of a base that an adapter changes, and in what the base differs from the one that it recorded."""
+    """The layers of a base that an adapter changes, and how the base differs from the recorded one."""
     layers = list(layers)
     names = StoredNames(checkpoint, config.get("task_type")).layers(layers)
     missing = [name for name in layers if name not in names]
@@ -272,15 +279,15 @@ def _percent(change: LayerChange, value: float) -> str:
     return f"{value:.3g}" if change.relative is None else f"{value:.2%}"
 
 
-def _what(changes: Sequence[LayerChange]) -> str:
+def _caption(changes: Sequence[LayerChange]) -> str:
     scales = changes[0].rank is None
     if changes[0].relative is None:
         return f"change of each layer: {'root mean square of the deltas of scales' if scales else '|dW|'}"
     return f"change of each layer: {'sqrt(mean((delta / scale)^2))' if scales else '|dW| / |W|'}"
 
 
-def _further(changes: Sequence[LayerChange], rows: Sequence[LayerChange] = ()) -> tuple[str, ...]:
-    """Further columns of these changes: the headings, or the means over some rows."""
+def _extra_columns(changes: Sequence[LayerChange], rows: Sequence[LayerChange] = ()) -> tuple[str, ...]:
+    """The extra columns of these changes: the headings, or the means over some rows."""
     columns = {"stored": ("scales that change in the file", ".1%"), "stable_rank": ("stable rank", ".1f")}
     shown = {name: column for name, column in columns.items() if any(getattr(c, name) is not None for c in changes)}
     if not rows:

@@ -25,24 +25,23 @@ from ..ops import round_scales
 
 
 BaseLayer = Callable[[str], "tuple[PackedTensors, PackedFormat]"]
-"""Gives a layer of the base by its name."""
+"""Returns a layer of the base, given its name."""
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What an adapter does to one layer.
+    """The change that an adapter makes to one layer.
 
     Attributes:
-        name: of the layer in the base.
-        values: how many values the adapter trains there.
+        name: the layer's name in the base.
+        values: how many values the adapter trains in it.
         absolute: root mean square of the scale deltas, or Frobenius norm of `dW`.
         relative: `sqrt(mean((D / s)^2))` of the scales, or `|dW| / |W|` in the Frobenius norm; None without the base.
-        stored: share of the scales whose stored value is another than without the adapter; None without the base and
-            for low-rank adapters.
-        rank: of a low-rank adapter, else None.
+        stored: share of the scales whose stored value changes; None without the base and for low-rank adapters.
+        rank: the rank of a low-rank adapter, else None.
         scaling: the factor `c` of a low-rank adapter, else None.
         stable_rank: `|dW|_F^2 / |dW|_2^2`, from 1 to the rank: how many directions share the change. None for scales
-            and for an adapter that is zero.
+            and where `dW` is zero.
     """
 
     name: str
@@ -61,15 +60,16 @@ def layer_changes(
     """How far a PEQA, LREC or LoRA adapter moved each layer.
 
     Args:
-        tensors: the adapter's, by the names they have in its file or in `get_peft_model_state_dict`. Those that train
-            no GPTQ layer, such as `modules_to_save`, are passed over.
+        tensors: the adapter's tensors, named as in its file or in `get_peft_model_state_dict`. Those that belong to no
+            GPTQ layer, such as `modules_to_save`, are ignored.
         config: the adapter's configuration: a `PeftConfig`, or the content of `adapter_config.json`.
-        base: the base model's packed tensors, without the adapter, and their format by the name of a layer. Of a live
-            model that is `lambda name: (model.get_submodule(name).base_tensors(), model.get_submodule(name).packed)`
+        base: returns the base's packed tensors, without the adapter, and their format, given the name of a layer. For
+            a model in memory it is
+            `lambda name: (model.get_submodule(name).base_tensors(), model.get_submodule(name).packed)`,
             with `model` the adapted model within the `PeftModel`.
 
     Returns:
-        A row a layer, in the order of the tensors.
+        One entry per layer, in the order of the tensors.
 
     Raises:
         ValueError: an A without its B or the reverse, shapes that do not fit each other or the base, or non-finite
@@ -87,10 +87,10 @@ def cosine_similarities(
     second: Mapping[str, torch.Tensor],
     configs: tuple[Mapping[str, Any] | Any, Mapping[str, Any] | Any],
 ) -> dict[str, float]:
-    """The cosines between the changes of two adapters, layer by layer, and over all layers under the name `""`.
+    """Cosine similarities of the changes of two adapters: of each layer and, under the name `""`, of all together.
 
-    Of scale deltas as vectors, and of `dW` as matrices. Layers that only one adapter has, or that they change in
-    different ways, are left out, and so are changes that are zero.
+    Scale deltas are compared as vectors, and `dW` as matrices. Layers that only one adapter changes, or that both
+    change in different ways, are left out, and so are zero changes.
     """
     pair = [split_layers(tensors) for tensors in (first, second)]
     options = [config if isinstance(config, Mapping) else config.to_dict() for config in configs]
@@ -191,7 +191,7 @@ def _low_rank_change(
 
 
 def _scaling(name: str, parts: Sequence[torch.Tensor], options: Mapping[str, Any]) -> float:
-    """The factor of a low-rank adapter, as LoRA has it; 1 for scale deltas."""
+    """LoRA's scaling factor; 1 for scale deltas."""
     if len(parts) == 1:
         return 1.0
     rank, alphas = parts[0].shape[0], options.get("alpha_pattern") or {}
@@ -212,7 +212,7 @@ def _inner(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> flo
 
 
 def _squared_singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of `B A`, fp64 `[R]`."""
+    """The squared singular values of `B A`, fp64 `[R]`."""
     a, b = a.detach().double(), b.detach().double()
     values, vectors = torch.linalg.eigh(a @ a.t())
     root = vectors * values.clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""What a GPTQ checkpoint is, what trains it and what serves it."""
+"""Inspection of GPTQ checkpoints: format, statistics, and what trains and serves them."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _FORMATS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One packed layer, as its tensors are.
+    """One packed layer, from its tensors.
 
     Attributes:
-        name: of the layer.
-        bits: of a code.
+        name: the layer's name.
+        bits: bits per code.
         in_features: `K`.
         out_features: `N`.
-        groups: `G`, rows of scales.
+        groups: `G`.
         group_size: in-features that share a scale; `K` if all do. None if the layer is damaged.
         act_order: whether `g_idx` departs from `k // group_size`. None if the layer is damaged.
-        zero_points: the lowest and the highest, decoded as the config declares them.
-        scale_dtype: of the scales in the file.
-        scale_range: the lowest and the highest of the scales that are finite; None if there are none.
+        zero_points: lowest and highest, decoded in the declared format.
+        scale_dtype: dtype of the scales in the file.
+        scale_range: lowest and highest finite scale; None if there is none.
         dead_scales: how many scales are zero, NaN or infinite.
-        negative_scales: how many of the others are below zero.
-        saturated: share of the codes that are the lowest or the highest there is.
-        not_bfloat16: share of the scales that bfloat16 cannot hold.
+        negative_scales: how many of the others are negative.
+        saturated: share of the codes that are 0 or `2 ** bits - 1`.
+        not_bfloat16: share of the scales that bfloat16 cannot represent.
     """
 
     name: str
@@ -74,15 +74,15 @@ class CheckpointInspection:
 
     Attributes:
         path: directory or Hub id.
-        declared: what the quantization config says.
-        found: the same of the tensors, where they tell; empty if they were not read.
-        layers: a row a packed layer; empty if the tensors were not read.
-        sizes: bytes of the tensors, by what they are; empty if they were not read.
-        trainable: values that PEQA trains, and that LREC trains for each unit of rank; empty if they were not read.
-        training: how each method trains it.
-        engines: which engines serve it, by what was found, or else by what is declared.
-        errors: what is damaged.
-        notes: what to know, among it where the config and the tensors say different things.
+        declared: the quantization config.
+        found: the same properties of the tensors, where they tell; empty if the tensors were not read.
+        layers: statistics of each packed layer; empty if the tensors were not read.
+        sizes: bytes of the tensors, by kind; empty if the tensors were not read.
+        trainable: values that PEQA trains, and that LREC trains per unit of rank; empty if the tensors were not read.
+        training: whether and how each method trains it.
+        engines: which engines serve it, from what was found, or else from what is declared.
+        errors: damage.
+        notes: remarks, such as contradictions between config and tensors.
     """
 
     path: str
@@ -98,7 +98,7 @@ class CheckpointInspection:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits that a packed weight takes, with its share of scales, zero points and group indices."""
+        """Bits per packed weight, including its share of scales, zero points and group indices."""
         weights = sum(layer.in_features * layer.out_features for layer in self.layers)
         packed = sum(size for part, size in self.sizes.items() if part != _REST)
         return 8 * packed / weights if weights else None
@@ -134,7 +134,7 @@ class CheckpointInspection:
         return "\n\n".join(parts)
 
     def layer_table(self) -> str:
-        """A row a layer."""
+        """A table with one row per layer."""
         return text_table([("layer", *_COLUMNS), *((layer.name, *_cells([layer])) for layer in self.layers)])
 
 
@@ -142,7 +142,7 @@ _COLUMNS = ("bits", "group", "act-order", "K x N", "zero points", "scales", "sat
 
 
 def _cells(layers: Sequence[LayerStatistics]) -> tuple[str, ...]:
-    """The columns, for some layers together."""
+    """The columns for some layers together."""
     zeros = [zero for layer in layers for zero in layer.zero_points]
     scales = [scale for layer in layers for scale in layer.scale_range or ()]
     shapes = {f"{layer.in_features} x {layer.out_features}" for layer in layers}
@@ -172,21 +172,21 @@ def inspect_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> CheckpointInspection:
-    """Say what a GPTQ checkpoint is: what its config declares and what its tensors are, their sizes, statistics of
-    each layer, which methods train it and which engines serve it.
+    """Inspect a GPTQ checkpoint.
 
-    Works on files: needs neither a GPU nor a GPTQ package, and memory for one layer at a time. What is damaged is
-    listed, not raised.
+    Compares its config with its tensors, and reports sizes, statistics of each layer, which methods train it and which
+    engines serve it. Reads files only: needs neither a GPU nor a GPTQ package, and memory for one layer at a time.
+    Damage is listed, not raised.
 
     Args:
         path: directory or Hub id of the checkpoint, in safetensors.
-        statistics: whether to read the tensors; by default those of a directory, while of a Hub repository only
+        statistics: whether to read the tensors. By default they are read from a directory; from a Hub repository, only
             `config.json` is downloaded.
         revision: branch, tag or commit, if `path` is a Hub id.
         token: Hub token.
 
     Raises:
-        FileNotFoundError: a directory without `config.json`, or, if tensors are read, without `*.safetensors`.
+        FileNotFoundError: there is no `config.json` or, if tensors are read, no `*.safetensors`.
         ValueError: the checkpoint is not GPTQ.
     """
     described = read_config(path, revision, token)
@@ -223,13 +223,13 @@ def inspect_checkpoint(
         notes += _notes_of_files(checkpoint)
     if _shifted(layers):
         errors.append(
-            "Every zero point is off the middle by exactly one: the checkpoint most likely declares the wrong format. "
+            "Every zero point is one off the middle: the checkpoint most likely declares the wrong format. "
             f"Set `checkpoint_format` in the quantization_config of its config.json to {found['checkpoint_format']!r}."
         )
     if declared_zeros not in _FORMATS:
         errors.append(
-            f"checkpoint_format={declared_zeros!r} is another layout than GPTQ's, or zero points in another way: "
-            "convert the checkpoint, or quantize the model again."
+            f"checkpoint_format={declared_zeros!r} is neither gptq nor gptq_v2: convert the checkpoint, or "
+            "quantize the model again."
         )
     trainable = _trainable(layers)
     shapes = {(layer.in_features, layer.out_features) for layer in layers}
@@ -263,7 +263,7 @@ def _declared(quantization: Mapping[str, Any], zeros: str) -> dict[str, Any]:
 
 
 def _read(checkpoint: Checkpoint, zeros: str, errors: list[str]) -> tuple[dict[str, int], list[LayerStatistics]]:
-    """Bytes of the tensors and statistics of the layers; errors are added to the list."""
+    """Sizes of the tensors and statistics of the layers; appends to `errors`."""
     names = sorted(checkpoint.packed_layers, key=natural_order)
     sizes = dict.fromkeys([*_PARTS.values(), _REST], 0)
     packed = {f"{name}.{tensor}": part for name in names for tensor, part in _PARTS.items()}
@@ -279,12 +279,12 @@ def _read(checkpoint: Checkpoint, zeros: str, errors: list[str]) -> tuple[dict[s
             continue
         layers.append(_statistics(name, tensors, bits, stored_zero_offset(zeros), errors))
     if not names:
-        errors.append("There is no packed layer: no tensor is named *.qweight.")
+        errors.append("No packed layer: no tensor is named *.qweight.")
     return sizes, layers
 
 
 def _beyond_config(checkpoint: Checkpoint, layers: list[LayerStatistics]) -> str:
-    """What is packed that transformers, which goes by the config, does not expect."""
+    """Packed layers that transformers, which goes by the config, does not expect."""
     names = [layer.name for layer in layers]
     found = {
         "experts": any(re.search(r"\.experts\.\d+\.", name) for name in names),
@@ -300,15 +300,15 @@ def _notes_of_files(checkpoint: Checkpoint) -> list[str]:
     notes = []
     if checkpoint.unread:
         files = ", ".join(file.name for file in checkpoint.unread)
-        notes.append(f"`from_pretrained` does not read {files}, which was not read here either; merging refuses it.")
+        notes.append(f"`from_pretrained` does not read {files}, which was not read here either; merging refuses them.")
     if (checkpoint.directory / LEGACY_CONFIG).is_file() and "quantization_config" not in checkpoint.config:
         notes.append(
-            f"The quantization config is in {LEGACY_CONFIG} alone, where transformers does not look without "
+            f"The quantization config is only in {LEGACY_CONFIG}, which transformers does not read without "
             'peft_quant: copy it into config.json as `quantization_config`, with `"quant_method": "gptq"`.'
         )
     unordered = sum(f"{name}.g_idx" not in checkpoint.tensors for name in checkpoint.packed_layers)
     if unordered:
-        notes.append(f"{unordered} layers have no g_idx: their rows are taken to be in order.")
+        notes.append(f"{unordered} layers have no g_idx: their groups are taken as consecutive rows.")
     return notes
 
 
@@ -341,7 +341,7 @@ def _statistics(name: str, tensors: PackedTensors, bits: int, offset: int, error
 
 
 def _found(layers: list[LayerStatistics], zeros: str) -> dict[str, Any]:
-    """What the tensors say, by the names that configs have for it. Lists where layers differ."""
+    """The properties of the tensors, named as in configs. Lists where layers differ."""
     sound = [layer for layer in layers if layer.group_size is not None]
     if not sound:
         return {}
@@ -358,7 +358,7 @@ def _found(layers: list[LayerStatistics], zeros: str) -> dict[str, Any]:
 
 
 def _shifted(layers: list[LayerStatistics]) -> bool:
-    """Whether every zero point is beside the middle by one: those of the middle, in the other format."""
+    """Whether every zero point is one off the middle, as symmetric ones are when read in the wrong format."""
     return bool(layers) and all(
         low == high and abs(low - (1 << (layer.bits - 1))) == 1
         for layer in layers
@@ -369,21 +369,21 @@ def _shifted(layers: list[LayerStatistics]) -> bool:
 def _notes(
     declared: Mapping[str, Any], found: Mapping[str, Any], layers: list[LayerStatistics], config: Mapping[str, Any]
 ) -> list[str]:
-    """Where config and tensors say different things, and what to mind in serving."""
+    """Contradictions between config and tensors, and advice for serving."""
     notes = []
     if declared["sym"] and not found["sym"]:
         low, high = min(layer.zero_points[0] for layer in layers), max(layer.zero_points[1] for layer in layers)
         notes.append(
-            f"sym=true is declared, but zero points range over {low}..{high}: kernels that ignore them serve another "
-            "model."
+            f"sym=true is declared, but zero points range over {low}..{high}: kernels that ignore them compute "
+            "other outputs."
         )
     if declared["sym"] is False and found["sym"]:
-        notes.append("sym=false is declared, but every zero point is the middle: with sym=true more engines serve it.")
+        notes.append("sym=false is declared, but every zero point is the middle: more engines serve sym=true.")
     if declared["desc_act"] and not found["desc_act"]:
-        notes.append("desc_act=true is declared, but every g_idx is in order: without it kernels are faster.")
+        notes.append("desc_act=true is declared, but every g_idx is in order: kernels are faster with false.")
     if declared["desc_act"] is False and found["desc_act"]:
         notes.append(
-            "desc_act=false is declared, but g_idx is out of order: kernels that ignore it serve another model."
+            "desc_act=false is declared, but g_idx is out of order: kernels that ignore it compute other outputs."
         )
     if found["desc_act"]:
         notes.append("With act-order, weights decode slower on a GPU in training.")
@@ -397,22 +397,22 @@ def _notes(
     negative = sum(layer.negative_scales for layer in layers)
     if negative:
         notes.append(
-            f"{negative / scales:.1%} of the scales are negative, as AutoRound writes symmetric layers. They train "
-            "and merge as any, and none changes its sign."
+            f"{negative / scales:.1%} of the scales are negative, as in AutoRound's symmetric layers. They train and "
+            "merge like any others, and none changes its sign."
         )
     model = config.get("dtype") or config.get("torch_dtype")
     rounded = sum(layer.not_bfloat16 * layer.groups * layer.out_features for layer in layers)
     if model == "bfloat16" and rounded:
         notes.append(
-            "config.json says bfloat16, to which an engine left to itself rounds the scales: "
-            f"{rounded / scales:.1%} of them are not in it. Serve with `--dtype float16`, or train with "
+            "config.json says bfloat16, to which engines round the scales by default: "
+            f"{rounded / scales:.1%} of them are changed by it. Serve with `--dtype float16`, or train with "
             '`PEQAConfig(serving_dtype="bfloat16")`.'
         )
     return notes
 
 
 def _trainable(layers: list[LayerStatistics]) -> dict[str, int]:
-    """As by default: all packed layers but the output embedding."""
+    """What trains by default: all packed layers except the output head."""
     adapted = [layer for layer in layers if layer.name.rpartition(".")[2] != "lm_head"]
     if not adapted:
         return {}

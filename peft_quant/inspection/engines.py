@@ -1,7 +1,7 @@
-"""Which engines serve a GPTQ checkpoint: the one table of it, for model cards and for inspection.
+"""Which engines serve a GPTQ checkpoint: one table, for model cards and inspection.
 
-Every row is what a source says, named in it, and no more; what no source says is not known. Rows age: whoever checks
-one again enters the day.
+Every row says only what its sources say; anything else is "not known". Rows age: whoever checks one again updates its
+date.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _MARLIN_TILES = "in-features in 128s and out-features in 64s"
 
 @dataclass(frozen=True)
 class Packing:
-    """What decides whether an engine serves a checkpoint.
+    """The properties of a checkpoint that decide whether an engine serves it.
 
     Attributes:
-        bits: of a code; None for several bit widths in one checkpoint, or if it is not known.
+        bits: bits per code; None if they vary within the checkpoint, or are unknown.
         group_size: in-features that share a scale, -1 for all of them; None as for `bits`.
         symmetric: whether all zero points are `2 ** (bits - 1)`.
-        act_order: whether in-features belong to groups in an order of their own.
+        act_order: whether groups are of in-features in the order of their activations.
         checkpoint_format: `"gptq"` (zero points stored minus one) or `"gptq_v2"`.
-        shapes: `(in_features, out_features)` of the packed layers; empty if they are not known.
-        beyond_config: what is packed that the config does not let transformers expect; empty if nothing.
+        shapes: `(in_features, out_features)` of the packed layers; empty if unknown.
+        beyond_config: packed layers that transformers does not expect from the config, in words; empty if none.
     """
 
     bits: int | None
@@ -41,7 +41,7 @@ class Packing:
     def from_config(
         cls, config: Mapping[str, Any], shapes: Iterable[tuple[int, int]] = (), beyond_config: str = ""
     ) -> Packing:
-        """From a quantization config, or from the `base_quantization` of an adapter."""
+        """Read a quantization config, or the `base_quantization` of an adapter."""
         bits, group_size = config.get("bits"), config.get("group_size")
         return cls(
             bits if isinstance(bits, int) else None,
@@ -60,7 +60,7 @@ class Packing:
         return size is not None and size > 0 and any(rows % size for rows, _ in self.shapes)
 
     def tiles(self, *sizes: tuple[int, int]) -> bool | None:
-        """Whether in- and out-features of every layer are multiples of one of the sizes; None if that is not known."""
+        """Whether every layer's in- and out-features are multiples of one of the sizes; None if unknown."""
         if not self.shapes:
             return None
         return all(any(rows % k == 0 and columns % n == 0 for k, n in sizes) for rows, columns in self.shapes)
@@ -71,12 +71,12 @@ class EngineVerdict:
     """Whether an engine serves a checkpoint.
 
     Attributes:
-        engine: its name and what of it is meant.
-        serves: None if it is not known.
-        option: what has to be given or done for it, in Markdown; empty if nothing.
-        reason: why, or what for; may be empty.
+        engine: its name and variant.
+        serves: None if not known.
+        option: required flag or step, in Markdown; empty if none.
+        reason: explanation; may be empty.
         sources: addresses, or names of tests, that say so.
-        checked: the day on which they did.
+        checked: date on which they were read.
     """
 
     engine: str
@@ -228,10 +228,10 @@ _ENGINES: tuple[tuple[str, _Rule, tuple[str, ...], str], ...] = (  # name, rule,
 
 
 def engine_verdicts(packing: Packing) -> list[EngineVerdict]:
-    """Whether each engine serves a checkpoint. None is known to for bit widths that GPTQ's format does not have.
+    """Whether each engine serves a checkpoint; not known for bit widths that GPTQ's format does not have.
 
     Args:
-        packing: of the checkpoint. Act-order that is not known is taken as none, groups as even.
+        packing: the checkpoint's properties. Unknown act-order counts as none, unknown shapes as even groups.
     """
     verdicts = []
     for engine, rule, sources, checked in _ENGINES:

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters by path or Hub id."""
+"""Files of checkpoints and adapters, by path or Hub id."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> bool:
-    """Whether a directory or a Hub repository holds an adapter, rather than a model. Without the Hub, its cache tells.
+    """Whether a directory or Hub repository holds an adapter rather than a model. Offline, the Hub's cache decides.
 
     Raises:
-        LocalEntryNotFoundError: neither the Hub nor its cache says.
+        LocalEntryNotFoundError: neither the Hub nor its cache has it.
         RepositoryNotFoundError: there is no such repository.
     """
     if os.path.isdir(path):
@@ -37,7 +37,7 @@ def is_adapter(path: str | os.PathLike[str], *, revision: str | None = None, tok
 
 
 def adapter_directory(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """Where an adapter lies, downloaded if it has to be."""
+    """The directory of an adapter, downloaded if necessary."""
     if os.path.isdir(path):
         return Path(path)
     return Path(
@@ -48,10 +48,10 @@ def adapter_directory(path: str | os.PathLike[str], revision: str | None, token:
 
 
 def read_config(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Checkpoint:
-    """A checkpoint of which only the configuration is read.
+    """Read the configuration of a checkpoint, without its tensors.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no `config.json`.
         InvalidCheckpointError: it is damaged.
     """
     if os.path.isdir(path):
@@ -68,7 +68,7 @@ def read_config(path: str | os.PathLike[str], revision: str | None, token: str |
 
 
 def open_checkpoint(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Checkpoint:
-    """A checkpoint, its weights downloaded if they have to be."""
+    """Open a checkpoint, downloading its weights if necessary."""
     if not os.path.isdir(path):
         path = snapshot_download(
             os.fspath(path), revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]

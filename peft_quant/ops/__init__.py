@@ -21,12 +21,12 @@ from .rounding import random_key, round_scales, round_scales_straight_through
 
 __all__ = [
     "ERROR_FEEDBACK",
-    "EncodedWeight",
-    "LionStep",
-    "Int8LinearFunction",
     "NEAREST",
-    "PackedWeight",
     "STOCHASTIC",
+    "EncodedWeight",
+    "Int8LinearFunction",
+    "LionStep",
+    "PackedWeight",
     "accumulate_gradient",
     "blocks_of",
     "decode_blocks",

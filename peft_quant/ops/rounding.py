@@ -99,6 +99,8 @@ class _StraightThrough(torch.autograd.Function):
 def round_scales_straight_through(
     scales: torch.Tensor, base: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None
 ) -> torch.Tensor:
-    """[`round_scales`] in the dtype of its input, with the identity as gradient (straight-through estimator, Bengio et
-    al., 2013, arXiv 1308.3432)."""
+    """[`round_scales`] in the dtype of its input, with the identity as gradient.
+
+    This is the straight-through estimator (Bengio et al., 2013, arXiv 1308.3432).
+    """
     return _StraightThrough.apply(scales, base, storage, serving)

@@ -24,8 +24,9 @@ class Panel:
 
 
 def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent: bool = False) -> Any:
-    """Panels in rows, as a matplotlib `Figure`. All have the blocks and modules of all; those of a row share a colour
-    scale, which begins at 0.
+    """Draw panels in rows, as a matplotlib `Figure`.
+
+    All panels have the blocks and modules of all; those of a row share a colour scale, which begins at 0.
 
     Args:
         rows: as many panels in each.

@@ -44,7 +44,6 @@ class SaveOnInterrupt(TrainerCallback):
     launcher may interrupt more than once, agree on the step.
 
     Example:
-
         ```py
         >>> interrupt = SaveOnInterrupt(trainer)
         >>> with interrupt.listening():

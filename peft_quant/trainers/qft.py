@@ -124,10 +124,10 @@ class QFTArguments(TrainingArguments):
 
 
 class QFTMixin(_Base):
-    """Makes a trainer derived from transformers' train in int8: put it before that trainer, as in
-    `class QFTSFTTrainer(QFTMixin, SFTTrainer)`, with arguments of `class Config(SFTConfig, QFTArguments)`.
+    """Makes a trainer derived from transformers' train in int8.
 
-    See [`QFTTrainer`].
+    Put it before that trainer, as in `class QFTSFTTrainer(QFTMixin, SFTTrainer)`, with arguments of
+    `class Config(SFTConfig, QFTArguments)`. See [`QFTTrainer`].
     """
 
     args: Any  # QFTArguments
@@ -271,8 +271,9 @@ class QFTMixin(_Base):
             self._try_to_save()
 
     def _try_to_save(self) -> None:
-        """Write a checkpoint of the first rows of every tensor, and load one of the whole shapes, without values, so
-        that a run does not find out at its end that it cannot.
+        """Try out saving and loading, so that a run does not fail at its end.
+
+        Writes a checkpoint of the first rows of every tensor, and loads one of the whole shapes without values.
 
         Raises:
             OSError: there is no room for a whole one.
@@ -305,9 +306,9 @@ class QFTMixin(_Base):
 
 
 class QFTTrainer(QFTMixin, Trainer):
-    """Trains every parameter of a model whose weights, gradients and momentum are int8 (QFT, Li et al., 2023, arXiv
-    2310.07147), with Lion.
+    """Trains every parameter, with weights, gradients and Lion's momentum in int8.
 
+    This is QFT (Li et al., 2023, arXiv 2310.07147).
     Each gradient is quantized as soon as it exists, and is kept until the step in a byte a weight; with `fused`, the
     step is taken right there. Accumulation, `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing,
     evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
@@ -328,7 +329,6 @@ class QFTTrainer(QFTMixin, Trainer):
         TrainingError (from `train`): after the first step nothing had moved, or something frozen had.
 
     Example:
-
         ```py
         >>> from peft_quant import QFTArguments, QFTTrainer, quantize_model
 

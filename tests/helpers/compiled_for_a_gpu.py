@@ -1,5 +1,6 @@
-"""Compiles products as for a GPU, without one, and writes the shapes of what forward passes return and keep, and which
-operators they run; and int8 kernels, and writes what their code is made of.
+"""Compiles products and int8 kernels as for a GPU, without one.
+
+Writes the shapes of what forward passes return and keep, and what the code of the int8 kernels is made of.
 
 A script of its own, because Triton's interpreter, under which other tests run kernels, cannot be compiled.
 """

@@ -89,7 +89,7 @@ class TestSoundCheckpoints:
         tensors = load_file(tmp_path / "llama" / "model.safetensors")
         assert negative == {name: int((tensors[f"{name}.scales"] < 0).sum()) for name in negative}
         scales = torch.cat([tensors[f"{name}.scales"].flatten() for name in negative])
-        share = f"{(scales < 0).double().mean():.1%} of the scales are negative, as AutoRound writes"
+        share = f"{(scales < 0).double().mean():.1%} of the scales are negative, as in AutoRound's symmetric"
         assert any(share in note for note in inspection.notes)
         assert all(layer.dead_scales == 0 and layer.scale_range[0] < 0 for layer in inspection.layers)
         assert all(how.startswith("yes") for how in inspection.training.values())
@@ -254,7 +254,7 @@ class TestDamage:
         tensors = load_file(directory / "model.safetensors")
         dense = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
         save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
-        assert any("no packed layer" in error for error in inspect_checkpoint(directory).errors)
+        assert any("No packed layer" in error for error in inspect_checkpoint(directory).errors)
 
     def test_saturated_codes(self, directory):
         qweight = load_file(directory / "model.safetensors")[f"{LAYER}.qweight"]

@@ -1,5 +1,7 @@
-"""What code compiled for a GPU keeps for backward: activations, and nothing the size of a weight; and how the int8
-kernels load and round."""
+"""What code compiled for a GPU keeps for backward, and how the int8 kernels load and round.
+
+It keeps activations, and nothing the size of a weight.
+"""
 
 import json
 import os

@@ -113,8 +113,10 @@ def decoded(model, weights):
 
 
 def agree(model, twin):
-    """In fp32 sums differ in their order. In bf16 both round their activations, and the twin its weights, to 8 bits,
-    through four blocks."""
+    """In fp32, sums differ in their order.
+
+    In bf16 both round their activations, and the twin its weights, to 8 bits, through four blocks.
+    """
 
     def error(expected):
         return ((logits(model).float() - expected.float()).norm() / expected.float().norm()).item()

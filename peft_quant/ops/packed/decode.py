@@ -33,8 +33,11 @@ _MASKS = {
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `[start, stop)` of the weight. `groups` is a slice of `[G, N]` whose rows each cover an equal run of the
-    block's rows, or an int64 index `[stop - start]` of one group a row."""
+    """Rows `[start, stop)` of the weight.
+
+    `groups` is a slice of `[G, N]` whose rows each cover an equal run of the block's rows, or an int64 index
+    `[stop - start]` with the group of each row.
+    """
 
     start: int
     stop: int

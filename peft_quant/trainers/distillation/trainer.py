@@ -80,7 +80,9 @@ class LRECTrainingArguments(TrainingArguments):
 
 
 class LRECTrainer(Trainer):
-    """Distills the float model into the LREC adapter of a GPTQ model (INT2.1, Chai et al., 2023, arXiv 2306.08162):
+    """Distills the float model into the LREC adapter of a GPTQ model (INT2.1, Chai et al., 2023, arXiv 2306.08162).
+
+    The loss is
 
         loss = kl_weight * KL(teacher || student) + ce_weight * CE + hidden_weight * MSE(last hidden states)
 
@@ -108,7 +110,6 @@ class LRECTrainer(Trainer):
             replace the loss.
 
     Example:
-
         ```py
         >>> from peft_quant import LRECTrainer, LRECTrainingArguments
 

@@ -60,7 +60,6 @@ class ReportCallback(TrainerCallback, ExportableState):
         ValueError (from `train`): there are prompts and no tokenizer.
 
     Example:
-
         ```py
         >>> from peft_quant import ReportCallback
 

@@ -39,8 +39,9 @@ FLOAT_INITIALIZATIONS = ("svd", "whitened")
 
 @dataclass
 class LRECConfig(LoraConfig):
-    """Configuration of a [`LRECModel`], which trains a low-rank adapter beside the packed weights of a GPTQ model (the
-    scheme of INT2.1, Chai et al., 2023, arXiv 2306.08162).
+    """Configuration of a [`LRECModel`], which trains a low-rank adapter beside the packed weights of a GPTQ model.
+
+    This is the scheme of INT2.1 (Chai et al., 2023, arXiv 2306.08162).
 
     Args:
         r (`int`): Rank of the adapter.

@@ -20,8 +20,10 @@ from .layer import CANNOT_MERGE, LRECLinear
 
 
 class LRECModel(PackedTuner, LoraModel):
-    """Trains a low-rank adapter beside the packed weights of a GPTQ model (the scheme of INT2.1, Chai et al., 2023,
-    arXiv 2306.08162). The base stays unchanged; no dense weight is kept for backward.
+    """Trains a low-rank adapter beside the packed weights of a GPTQ model.
+
+    This is the scheme of INT2.1 (Chai et al., 2023, arXiv 2306.08162). The base stays as it is; no dense weight is
+    kept for backward.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
@@ -40,7 +42,6 @@ class LRECModel(PackedTuner, LoraModel):
         InvalidCheckpointError: a targeted layer's packed tensors are damaged.
 
     Example:
-
         ```py
         >>> import peft_quant
         >>> from peft import get_peft_model

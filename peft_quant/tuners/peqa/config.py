@@ -14,8 +14,9 @@ from ...compat import __version__
 
 @dataclass
 class PEQAConfig(PeftConfig):
-    """Configuration of a [`PEQAModel`], which fine-tunes the quantization scales of a GPTQ model (PEQA, Kim et al.,
-    2023, arXiv 2305.14152).
+    """Configuration of a [`PEQAModel`], which fine-tunes the quantization scales of a GPTQ model.
+
+    This is PEQA (Kim et al., 2023, arXiv 2305.14152).
 
     Args:
         target_modules (`list[str]` or `str`, *optional*):

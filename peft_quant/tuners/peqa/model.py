@@ -13,8 +13,10 @@ from .layer import PEQALayer, PEQALinear
 
 
 class PEQAModel(PackedTuner):
-    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers unchanged (PEQA, Kim et al., 2023,
-    arXiv 2305.14152). Because only scales change, the merged model is again a plain GPTQ checkpoint.
+    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers alone.
+
+    This is PEQA (Kim et al., 2023, arXiv 2305.14152). Because only scales change, the merged model is a plain GPTQ
+    checkpoint again.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
@@ -32,7 +34,6 @@ class PEQAModel(PackedTuner):
         InvalidCheckpointError: a targeted layer's packed tensors are damaged.
 
     Example:
-
         ```py
         >>> import peft_quant
         >>> from peft import get_peft_model

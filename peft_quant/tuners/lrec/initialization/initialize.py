@@ -100,8 +100,9 @@ def initialize_lrec_weights(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> InitializationReport:
-    """Initialize an LREC adapter as the best compensation, of its rank, of the quantization error
-    `E = W_float - W_dequantized`.
+    """Initialize an LREC adapter as the best low-rank compensation of the quantization error.
+
+    The error is `E = W_float - W_dequantized`.
 
     `"svd"` makes `scaling * B A` of every layer the best approximation of `E` in Frobenius norm, its truncated
     singular value decomposition (Eckart and Young, 1936; for LoRA: LoftQ, Li et al., 2023, arXiv 2310.08659).
@@ -143,7 +144,6 @@ def initialize_lrec_weights(
             exceeds a layer's size, or `float_model` lacks layers or is not the model that was quantized.
 
     Example:
-
         ```py
         >>> model = get_peft_model(model, peft_quant.LRECConfig(task_type="CAUSAL_LM", r=32))
         >>> report = peft_quant.initialize_lrec_weights(model, "user/model", calibration=dataloader)

@@ -96,8 +96,10 @@ def squared_error(error: torch.Tensor, covariance: torch.Tensor) -> float:
 
 
 def _reduce(error: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """An orthonormal basis of the columns of a tall `error`, and `error` in that basis, so that eigenproblems have at
-    most `K` dimensions."""
+    """An orthonormal basis of the columns of a tall `error`, and `error` in it.
+
+    Eigenproblems then have at most `K` dimensions.
+    """
     error = error.double()
     if error.shape[0] <= error.shape[1]:
         return None, error
