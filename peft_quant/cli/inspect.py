@@ -50,7 +50,7 @@ def inspect(
         sides = [both.first, both.second]
         say(_json(both) if as_json else str(both))
     if plot is not None:
-        from ..report import plot_layer_changes
+        from .. import plot_layer_changes
 
         names = [Path(side.path).name for side in sides]
         plot_layer_changes(
