@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .console import is_first_process, say
 from .training import measure, with_adapter
 
 
-class Start(str, Enum):
-    """Initialization of the adapter."""
-
-    zero = "zero"
-    svd = "svd"
-    whitened = "whitened"
+Start = Literal["zero", "svd", "whitened"]
 
 
 @dataclass
@@ -42,7 +36,7 @@ class Distillation:
             if not start.exists():
                 student = with_adapter(model, config, self.arguments)
                 with new_directory(start) as directory:
-                    if self.start is not Start.zero:
+                    if self.start != "zero":
                         self._initialize(student, windows, output)
                     student.save_pretrained(directory)
                 del student
@@ -55,7 +49,7 @@ class Distillation:
         from ..evaluation.text import spread
 
         batches = torch.tensor(spread(windows, self.calibration_windows)["input_ids"][:]).split(4)
-        report = initialize_lrec_weights(student, self.teacher, self.start.value, batches)
+        report = initialize_lrec_weights(student, self.teacher, self.start, batches)
         (output / "layer_errors.md").write_text(f"{report}\n", encoding="utf-8")
         try:
             plot_layer_errors(report, output / "layer_errors.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,13 +22,6 @@ class Method(str, Enum):
     qft_fused = "qft-fused"
     lora = "lora"
     qlora = "qlora"
-
-
-class Optimizer(str, Enum):
-    """Of adapters; QFT has its own."""
-
-    adamw = "adamw"
-    adamw8bit = "adamw8bit"
 
 
 def _read_bytes(text: str) -> int:
@@ -58,9 +51,9 @@ def estimate(
         int, typer.Option("--sequence", "--sequence-length", min=1, help="Tokens of a sequence.")
     ] = 2048,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward.")
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations in backward.")
     ] = True,
-    optimizer: Annotated[Optimizer, typer.Option(help="Of adapters; QFT has its own.")] = Optimizer.adamw,
+    optimizer: Annotated[Literal["adamw", "adamw8bit"], typer.Option(help="Of adapters; QFT has its own.")] = "adamw",
     gpu_memory: Annotated[
         int | None,
         typer.Option(
@@ -94,7 +87,7 @@ def estimate(
             rank=rank,
             sequence=sequence,
             checkpointing=checkpointing,
-            optimizer=optimizer.value,
+            optimizer=optimizer,
         )
         report = counted.report(batch)
         sizes = {row.what: row.bytes for row in report.rows}

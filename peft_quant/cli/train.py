@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,18 +13,10 @@ from .options import TEXTS, Column, Config, PushToHub, Split, parse_fields
 from .training import finish, hold_out, measure, open_output, run, with_adapter
 
 
-class Method(str, Enum):
-    """What is trained."""
-
-    peqa = "peqa"
-    lrec = "lrec"
-    qft = "qft"
-
-
 def train(
     ctx: typer.Context,
     method: Annotated[
-        Method,
+        Literal["peqa", "lrec", "qft"],
         typer.Argument(help="peqa: scales of a GPTQ model; lrec: low-rank adapter; qft: everything, in int8."),
     ],
     model: Annotated[str, typer.Option(help="GPTQ checkpoint, for qft also a float one: directory or Hub id.")],
@@ -36,18 +27,20 @@ def train(
     ],
     teacher: Annotated[
         str | None,
-        typer.Option(help="For lrec: distill this float model, which was quantized, into the adapter."),
+        typer.Option(help="For lrec: the float model to distill into the adapter: directory or Hub id."),
     ] = None,
     start: Annotated[
         Start,
-        typer.Option(help="Initialize the adapter to minimize the error of outputs or of weights (svd), or as zero."),
-    ] = Start.whitened,
+        typer.Option(
+            help="Initialization of the adapter: least error of outputs (whitened) or of weights (svd), or zero."
+        ),
+    ] = "whitened",
     calibration_windows: Annotated[
-        int, typer.Option(min=2, help="Windows of --data on which the error of outputs is minimized.")
+        int, typer.Option(min=2, help="Windows of --data to measure the error of outputs on.")
     ] = 128,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Directory for the teacher's log-probabilities, which are computed once, and resumed."),
+        typer.Option(help="Directory for the teacher's log-probabilities, which are computed once."),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Log-probabilities of each token in --cache.")] = 64,
     column: Column = "text",
@@ -79,8 +72,8 @@ def train(
 
     Ctrl-C writes a checkpoint after the current step; the same command with --resume resumes there.
     """
-    if teacher is not None and method is not Method.lrec:
-        raise typer.BadParameter(f"--teacher is for lrec, not for {method.value}: leave it out.")
+    if teacher is not None and method != "lrec":
+        raise typer.BadParameter(f"--teacher is for lrec, not for {method}: leave it out.")
     for name in ("start", "calibration_windows", "cache", "top_k"):
         source: Any = ctx.get_parameter_source(name)
         if teacher is None and source.name != "DEFAULT":
@@ -98,7 +91,7 @@ def train(
         "distillation": (LRECConfig, LRECTrainingArguments, LRECTrainer),
         "qft": (QFTConfig, QFTArguments, QFTTrainer),
     }
-    config_class, arguments_class, trainer_class = classes["distillation" if teacher else method.value]
+    config_class, arguments_class, trainer_class = classes["distillation" if teacher else method]
     of_config, of_arguments = parse_fields(ctx, config_class, arguments_class)
     if "resume_from_checkpoint" in of_arguments:
         raise typer.BadParameter("resume_from_checkpoint has no effect here: use --resume.")
@@ -119,12 +112,12 @@ def train(
     rows: dict[str, float | None] = {}
     options: dict[str, Any] = {"model": model}
     further: dict[str, Any] = {}
-    if method is Method.qft:
+    if method == "qft":
         prepared = _in_int8(model, QFTConfig(**of_config), arguments)
     elif teacher is None:
         prepared = with_adapter(model, config_class(task_type="CAUSAL_LM", **of_config), arguments)
     else:
-        options |= {"teacher": teacher, "start": start.value}
+        options |= {"teacher": teacher, "start": start}
         distillation = Distillation(teacher, start, calibration_windows, cache, top_k, arguments)
         prepared = distillation.student(model, LRECConfig(task_type="CAUSAL_LM", **of_config), windows, output)
         further, rows["float"] = distillation.teach(windows, evaluated, measured)
@@ -142,13 +135,13 @@ def train(
     else:
         with prepared.disable_adapter():
             rows["GPTQ"] = measure(trainer.model, arguments, measured, "GPTQ")
-        if start is not Start.zero:
-            rows[f"start: {start.value}"] = measure(trainer.model, arguments, measured, "start")
+        if start != "zero":
+            rows[f"start: {start}"] = measure(trainer.model, arguments, measured, "start")
     run(trainer, checkpoint, output)
-    rows[method.value.upper()] = measure(trainer.model, arguments, measured, "after")
+    rows[method.upper()] = measure(trainer.model, arguments, measured, "after")
     options |= {"data": data, "sequence_length": sequence_length, **of_config, **of_arguments}
-    finish(trainer, f"train {method.value}", options, eval_data, rows)
-    say(f"the {'model in int8' if method is Method.qft else 'adapter'} is in {output}")
+    finish(trainer, f"train {method}", options, eval_data, rows)
+    say(f"the {'model in int8' if method == 'qft' else 'adapter'} is in {output}")
 
 
 def _in_int8(model: str, config: Any, arguments: Any) -> Any:
