@@ -3,112 +3,81 @@
 Importing this package registers its methods with PEFT; use them through `get_peft_model` and `PeftModel`.
 """
 
+import sys
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compat import __version__ as __version__
-from .compat import is_command_line, require_supported_peft, warn_of_untested_versions
+from .compat import require_supported_peft, warn_of_untested_versions
+from .deprecated import find_old_modules, new_name
 
 
 if TYPE_CHECKING:
-    from .estimate import estimate_memory
-    from .export.card import write_model_card
-    from .export.int8 import export_qft
-    from .export.lora import export_lora
-    from .export.merge import merge_checkpoint
-    from .first_step import TrainingError
-    from .gptq import InvalidCheckpointError, RepackedLayerError, prepare_gptq_for_training, restore_gptq_forward
-    from .inspection import compare_adapters, inspect_adapter, inspect_checkpoint
-    from .plots.layer_changes import plot_layer_changes
-    from .plots.layer_errors import plot_layer_errors
-    from .qft import Int8Weight, QFTConfig, QuantizedLion, quantize_model
-    from .trainers.distillation.cache import cache_teacher
-    from .trainers.distillation.trainer import LRECTrainer, LRECTrainingArguments
-    from .trainers.qft import QFTArguments, QFTMixin, QFTTrainer
-    from .trainers.report.callback import ReportCallback
-    from .tuners.hotswap import hotswap_adapter
-    from .tuners.lrec import LRECConfig, LRECModel
-    from .tuners.lrec.initialization import initialize_lrec_weights
-    from .tuners.peqa import PEQAConfig, PEQAModel
+    from .estimate import estimate_memory as estimate_memory
+    from .export.card import write_model_card as write_model_card
+    from .export.int8 import export_qft as export_qft
+    from .export.lora import export_lora as export_lora
+    from .export.merge import merge_checkpoint as merge_checkpoint
+    from .first_step import TrainingError as TrainingError
+    from .gptq import InvalidCheckpointError as InvalidCheckpointError
+    from .gptq import RepackedLayerError as RepackedLayerError
+    from .gptq import prepare_gptq_for_training as prepare_gptq_for_training
+    from .gptq import restore_gptq_forward as restore_gptq_forward
+    from .inspection import compare_adapters as compare_adapters
+    from .inspection import inspect_adapter as inspect_adapter
+    from .inspection import inspect_checkpoint as inspect_checkpoint
+    from .plots.layer_changes import plot_layer_changes as plot_layer_changes
+    from .plots.layer_errors import plot_layer_errors as plot_layer_errors
+    from .qft import Int8Weight as Int8Weight
+    from .qft import QFTConfig as QFTConfig
+    from .qft import QuantizedLion as QuantizedLion
+    from .qft import quantize_model as quantize_model
+    from .trainers.distillation.cache import cache_teacher as cache_teacher
+    from .trainers.distillation.trainer import LRECTrainer as LRECTrainer
+    from .trainers.distillation.trainer import LRECTrainingArguments as LRECTrainingArguments
+    from .trainers.qft import QFTArguments as QFTArguments
+    from .trainers.qft import QFTMixin as QFTMixin
+    from .trainers.qft import QFTTrainer as QFTTrainer
+    from .trainers.report.callback import ReportCallback as ReportCallback
+    from .tuners.hotswap import hotswap_adapter as hotswap_adapter
+    from .tuners.lrec import LRECConfig as LRECConfig
+    from .tuners.lrec import LRECModel as LRECModel
+    from .tuners.lrec.initialization import initialize_lrec_weights as initialize_lrec_weights
+    from .tuners.peqa import PEQAConfig as PEQAConfig
+    from .tuners.peqa import PEQAModel as PEQAModel
 
-__all__ = [
-    "Int8Weight",
-    "InvalidCheckpointError",
-    "LRECConfig",
-    "LRECModel",
-    "LRECTrainer",
-    "LRECTrainingArguments",
-    "PEQAConfig",
-    "PEQAModel",
-    "QFTArguments",
-    "QFTConfig",
-    "QFTMixin",
-    "QFTTrainer",
-    "QuantizedLion",
-    "RepackedLayerError",
-    "ReportCallback",
-    "TrainingError",
-    "cache_teacher",
-    "compare_adapters",
-    "estimate_memory",
-    "export_lora",
-    "export_qft",
-    "hotswap_adapter",
-    "initialize_lrec_weights",
-    "inspect_adapter",
-    "inspect_checkpoint",
-    "merge_checkpoint",
-    "plot_layer_changes",
-    "plot_layer_errors",
-    "prepare_gptq_for_training",
-    "quantize_model",
-    "restore_gptq_forward",
-    "write_model_card",
-]
-
-# imported when asked for: transformers' Trainer takes longer to import than all else here, and the command line must
-# answer `--help` before any of it
-_LAZY = {
-    "Int8Weight": "qft",
-    "InvalidCheckpointError": "gptq",
-    "LRECConfig": "tuners.lrec",
-    "LRECModel": "tuners.lrec",
-    "LRECTrainer": "trainers.distillation.trainer",
-    "LRECTrainingArguments": "trainers.distillation.trainer",
-    "PEQAConfig": "tuners.peqa",
-    "PEQAModel": "tuners.peqa",
-    "QFTArguments": "trainers.qft",
-    "QFTConfig": "qft",
-    "QFTMixin": "trainers.qft",
-    "QFTTrainer": "trainers.qft",
-    "QuantizedLion": "qft",
-    "RepackedLayerError": "gptq",
-    "ReportCallback": "trainers.report.callback",
-    "TrainingError": "first_step",
-    "cache_teacher": "trainers.distillation.cache",
-    "compare_adapters": "inspection",
-    "estimate_memory": "estimate",
-    "export_lora": "export.lora",
-    "export_qft": "export.int8",
-    "hotswap_adapter": "tuners.hotswap",
-    "initialize_lrec_weights": "tuners.lrec.initialization",
-    "inspect_adapter": "inspection",
-    "inspect_checkpoint": "inspection",
-    "merge_checkpoint": "export.merge",
-    "plot_layer_changes": "plots.layer_changes",
-    "plot_layer_errors": "plots.layer_errors",
-    "prepare_gptq_for_training": "gptq",
-    "quantize_model": "qft",
-    "restore_gptq_forward": "gptq",
-    "write_model_card": "export.card",
+# public names by module, which is imported when one is asked for: the command line must answer `--help` at once
+_PUBLIC = {
+    "estimate": ["estimate_memory"],
+    "export.card": ["write_model_card"],
+    "export.int8": ["export_qft"],
+    "export.lora": ["export_lora"],
+    "export.merge": ["merge_checkpoint"],
+    "first_step": ["TrainingError"],
+    "gptq": ["InvalidCheckpointError", "RepackedLayerError", "prepare_gptq_for_training", "restore_gptq_forward"],
+    "inspection": ["compare_adapters", "inspect_adapter", "inspect_checkpoint"],
+    "plots.layer_changes": ["plot_layer_changes"],
+    "plots.layer_errors": ["plot_layer_errors"],
+    "qft": ["Int8Weight", "QFTConfig", "QuantizedLion", "quantize_model"],
+    "trainers.distillation.cache": ["cache_teacher"],
+    "trainers.distillation.trainer": ["LRECTrainer", "LRECTrainingArguments"],
+    "trainers.qft": ["QFTArguments", "QFTMixin", "QFTTrainer"],
+    "trainers.report.callback": ["ReportCallback"],
+    "tuners.hotswap": ["hotswap_adapter"],
+    "tuners.lrec": ["LRECConfig", "LRECModel"],
+    "tuners.lrec.initialization": ["initialize_lrec_weights"],
+    "tuners.peqa": ["PEQAConfig", "PEQAModel"],
 }
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    name = new_name(name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
@@ -134,5 +103,14 @@ def register_methods() -> None:
     from .tuners import lrec, peqa, saved  # noqa: F401
 
 
-if not is_command_line():
+def _is_command_line() -> bool:
+    """Whether this process was started as `peft-quant` or `python -m peft_quant`."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # while Python looks for the module to run, which comes before its arguments
+        return sys.orig_argv[-len(sys.argv)] == "peft_quant"
+    return Path(program).name in ("peft-quant", "peft-quant.exe")
+
+
+find_old_modules()
+if not _is_command_line():
     register_methods()

@@ -1,11 +1,11 @@
-"""What is known of versions, optional packages and the process."""
+"""What differs between versions of Python and of the packages beside this one."""
 
 from __future__ import annotations
 
-import sys
 import warnings
+from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -52,9 +52,20 @@ def warn_of_untested_versions() -> None:
         )
 
 
-def is_command_line() -> bool:
-    """Whether this process was started as `peft-quant` or `python -m peft_quant`."""
-    program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # while Python looks for the module to run, which comes before its arguments
-        return sys.orig_argv[-len(sys.argv)] == "peft_quant"
-    return Path(program).name in ("peft-quant", "peft-quant.exe")
+def peft_saves_biases() -> bool:
+    """Whether PEFT saves the biases that an adapter trains, which it does since 0.21."""
+    return Version(version("peft")).release >= (0, 21)
+
+
+def validate_lora_state_dict(state_dict: dict[str, Any], adapter_name: str) -> None:
+    """Warn of LoRA tensors that were saved in shards; PEFT has the check since 0.21."""
+    from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+
+    _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)
+
+
+def let_enum_find(enum: EnumMeta, member: Any) -> None:
+    """Enter a member that was added to an enumeration where newer versions of Python look it up."""
+    type.__setattr__(enum, member._name_, member)  # Python 3.12 looks names up on the class
+    if hasattr(enum, "_hashable_values_"):  # Python 3.13 looks values up here
+        enum._hashable_values_.append(member._value_)

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .compat import let_enum_find
+
 
 _WRAPPED = "_peft_quant_wrapped"
 
@@ -37,12 +39,10 @@ def add_peft_type(name: str) -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, name, member)  # Python 3.12 looks members up on the class
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 looks values up here
-        PeftType._hashable_values_.append(name)
+    let_enum_find(PeftType, member)
     return member
 
 

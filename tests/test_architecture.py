@@ -17,7 +17,8 @@ ROOT = Path(peft_quant.__file__).parent
 
 # a module imports from its own room and from floors below it
 FLOORS = (
-    {"compat", "files", "first_step", "module_names", "registry", "tables"},
+    {"compat", "deprecated", "docstrings", "files", "first_step", "module_names", "tables"},
+    {"registry"},
     {"ops"},
     {"gptq"},
     {"evaluation", "inspection", "qft", "tuners"},
@@ -149,5 +150,13 @@ def test_public_names_exist():
     assert all(hasattr(peft_quant, name) for name in peft_quant.__all__)
 
 
-def test_the_lazy_names_are_the_public_ones():
-    assert set(peft_quant._LAZY) == set(peft_quant.__all__) <= set(dir(peft_quant))
+def test_type_checkers_see_the_public_names_and_where_they_are_from():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {}
+    for node in block.body:
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name} is not exported"
+            seen.setdefault(node.module, set()).add(alias.name)
+    assert seen == {module: set(names) for module, names in peft_quant._PUBLIC.items()}
+    assert set(peft_quant.__all__) <= set(dir(peft_quant))

@@ -1,5 +1,6 @@
 """The README and the documentation name what there is."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -51,6 +52,17 @@ class TestReference:
             described = re.split(r"^(?:Returns|Raises|Example):$", inspect.cleandoc(docstring), flags=re.MULTILINE)[0]
             for parameter in inspect.signature(public).parameters:
                 assert re.search(rf"^    [*]*{parameter}\b.*:", described, re.MULTILINE), parameter
+
+
+@pytest.mark.parametrize("name", ("PEQAConfig", "LRECConfig", "QFTArguments", "LRECTrainingArguments"))
+def test_help_of_fields_is_what_the_docstring_says(name):
+    config = getattr(peft_quant, name)
+    plain = " ".join(config.__doc__.split()).replace("[`", "`").replace("`]", "`")
+    own = [option for option in dataclasses.fields(config) if option.name in config.__annotations__]
+    assert own
+    for option in own:
+        assert option.metadata["help"].endswith("."), option.name
+        assert re.search(rf" {option.name} \(.*?\): {re.escape(option.metadata['help'])} ", plain), option.name
 
 
 class TestLinks:

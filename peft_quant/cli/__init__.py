@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..compat import __version__
-from . import card, correct, env, estimate, eval, inspect, merge, quantize, train
+from . import card, env, estimate, eval, inspect, merge, quantize, train
 from .console import say
 from .options import PASSED_ON
 
@@ -35,7 +35,6 @@ app = typer.Typer(
 app.command("estimate")(estimate.estimate)
 app.command("quantize")(quantize.quantize)
 app.command("train", context_settings=PASSED_ON)(train.train)
-app.command("correct", context_settings=PASSED_ON)(correct.correct)
 app.command("merge")(merge.merge)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
@@ -66,14 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; those of this process by default.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["correct"]:
+        say("`peft-quant correct` is now `peft-quant train lrec --teacher`; it goes with the next release", error=True)
+        words[:1] = ["train", "lrec"]
     try:
-        app(arguments, prog_name="peft-quant")
+        app(words, prog_name="peft-quant")
     except SystemExit as exit_:
         if exit_.code == _INTERRUPTED:
-            say(
-                "interrupted: run it again; `quantize`, `train` and `correct` go on where they were with --resume",
-                error=True,
-            )
+            say("interrupted: run it again; `quantize` and `train` resume with --resume", error=True)
         raise
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):

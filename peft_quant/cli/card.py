@@ -58,16 +58,12 @@ def card(
         language=language or None,
         datasets=datasets or None,
         tags=tags or None,
-        settings=_settings(settings) or None,
+        settings={name: value for name, _, value in (pair.partition("=") for pair in settings or ())} or None,
         command=command,
         perplexity={text: _number(value) for text, value in _pairs(perplexity, "--perplexity").items()} or None,
         compared_with=others or None,
     )
     say(f"the card is in {path}")
-
-
-def _settings(given: Sequence[str] | None) -> dict[str, Any]:
-    return {name: value for name, _, value in (pair.partition("=") for pair in given or ())}
 
 
 def _pairs(given: Sequence[str] | None, option: str) -> dict[str, Any]:

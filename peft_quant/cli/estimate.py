@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,13 +22,6 @@ class Method(str, Enum):
     qft_fused = "qft-fused"
     lora = "lora"
     qlora = "qlora"
-
-
-class Optimizer(str, Enum):
-    """Of adapters; QFT has its own."""
-
-    adamw = "adamw"
-    adamw8bit = "adamw8bit"
 
 
 def _read_bytes(text: str) -> int:
@@ -58,25 +51,28 @@ def estimate(
         int, typer.Option("--sequence", "--sequence-length", min=1, help="Tokens of a sequence.")
     ] = 2048,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward.")
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations in backward.")
     ] = True,
-    optimizer: Annotated[Optimizer, typer.Option(help="Of adapters; QFT has its own.")] = Optimizer.adamw,
-    memory: Annotated[
+    optimizer: Annotated[Literal["adamw", "adamw8bit"], typer.Option(help="Of adapters; QFT has its own.")] = "adamw",
+    gpu_memory: Annotated[
         int | None,
         typer.Option(
-            "--card",
-            metavar="GB",
-            parser=_read_bytes,
-            help="Memory of a GPU, as 24GB: also tell the largest batch that fits.",
+            metavar="GB", parser=_read_bytes, help="Memory of the GPU, as 24GB: also tell the largest batch that fits."
         ),
+    ] = None,
+    card: Annotated[
+        int | None, typer.Option(hidden=True, parser=_read_bytes, help="Old name of --gpu-memory.")
     ] = None,
     config: Config = None,
 ) -> None:
     """Will it fit? What a training step holds in memory, before anything is downloaded.
 
     GB are 1e9 bytes, and the peak is that of tensors: the CUDA context, cuBLAS's workspace and what PyTorch keeps but
-    does not use come on top. A batch that fits a card of 24GB leaves the rest of its 24 GiB to them.
+    does not use come on top. A batch that fits 24GB leaves the rest of its 24 GiB to them.
     """
+    if card is not None:
+        say("--card is now --gpu-memory; --card goes with the next release", error=True)
+        gpu_memory = card
     prepare()
     from ..estimate import KINDS, Estimate, read_config
 
@@ -91,14 +87,14 @@ def estimate(
             rank=rank,
             sequence=sequence,
             checkpointing=checkpointing,
-            optimizer=optimizer.value,
+            optimizer=optimizer,
         )
         report = counted.report(batch)
         sizes = {row.what: row.bytes for row in report.rows}
         sizes |= {"not at the peak": -report.apart, "peak": report.total}
         column = {what: f"{size / 1e9:.2f}" for what, size in sizes.items() if size}
-        if memory is not None:
-            column["largest batch"] = str(counted.largest_batch(memory))
+        if gpu_memory is not None:
+            column["largest batch"] = str(counted.largest_batch(gpu_memory))
         columns[f"{name}, {counted.bits} bits"] = column
     kinds = [*KINDS, "not at the peak", "peak", "largest batch"]
     rows = [[kind, *(column.get(kind, "") for column in columns.values())] for kind in kinds]

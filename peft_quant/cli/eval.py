@@ -41,7 +41,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Windows, spread evenly over the text; all of it by default.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     config: Config = None,
 ) -> None:
     """Perplexity of models, in fp32 or as they are served.

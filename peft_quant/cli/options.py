@@ -1,7 +1,11 @@
-"""Options that commands have in common, and what `--config` does."""
+"""Options that commands share, `--config`, and fields of the library's configurations as options."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,62 +13,120 @@ import typer
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Settings of a command whose further options are for others to parse."""
+"""Settings of a command whose other options are for [`parse_fields`]."""
 
 _META = "peft_quant.config"
+_FILLED_IN = {"base_fingerprint", "base_quantization", "peft_quant_version", "runtime_config"}  # by the library
 
 
 def _read_config(ctx: typer.Context, file: Path | None) -> Path | None:
-    """Make the keys of a YAML file defaults of the command's options.
-
-    Keys are the options' names, with hyphens or underscores. A command with `PASSED_ON` gets the others by
-    [`further_options`].
+    """Make the keys of a YAML file defaults of the command's options; other keys are for [`parse_fields`].
 
     Raises:
         typer.BadParameter: not a YAML mapping, or an unknown key.
     """
     if file is None:
         return None
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
+    content = _read_yaml(file.read_bytes(), str(file))
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{file} holds {content!r}: write options as `name: value`, one a line.")
     names = {
-        _as_key(spelling): parameter.name
+        spelling.lstrip("-").replace("-", "_"): parameter.name
         for parameter in ctx.command.params
         if parameter.name not in ("config", "help")
         for spelling in parameter.opts
     }
-    given = {_as_key(str(key)): value for key, value in content.items()}
-    further = {key: value for key, value in given.items() if key not in names}
-    if further and not ctx.allow_extra_args:
-        raise typer.BadParameter(f"{file} has the key {', '.join(further)}; known are {', '.join(sorted(names))}.")
-    own = {key: value for key, value in given.items() if key in names and value is not None}
-    ctx.default_map = {names[key]: _pairs(value) if isinstance(value, dict) else value for key, value in own.items()}
-    ctx.meta[_META] = further
+    given = {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+    fields = {key: value for key, value in given.items() if key not in names}
+    if fields and not ctx.allow_extra_args:
+        raise typer.BadParameter(f"{file} has the key {', '.join(fields)}; known are {', '.join(sorted(names))}.")
+    ctx.default_map = {
+        names[key]: _pairs(value) if isinstance(value, dict) else value for key, value in given.items() if key in names
+    }
+    ctx.meta[_META] = fields
     return file
 
 
-def _as_key(spelling: str) -> str:
-    return spelling.lstrip("-").replace("-", "_")
+def _read_yaml(text: str | bytes, what: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{what} is not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 def _pairs(mapping: dict[Any, Any]) -> list[str]:
     """`NAME=VALUE` of every entry, as options take them; `OUTER:NAME=VALUE` of mappings of mappings."""
     pairs = []
     for name, value in mapping.items():
-        inner = [f"{name}:{pair}" for pair in _pairs(value)] if isinstance(value, dict) else [f"{name}={value}"]
-        pairs += inner
+        pairs += [f"{name}:{pair}" for pair in _pairs(value)] if isinstance(value, dict) else [f"{name}={value}"]
     return pairs
 
 
-def further_options(ctx: typer.Context) -> tuple[dict[str, Any], list[str]]:
-    """What was given beside the command's own options: by key in the file, and as it stood on the command line."""
-    return ctx.meta.get(_META, {}), ctx.args
+def parse_fields(
+    ctx: typer.Context, config_class: type[Any], arguments_class: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a method's config and of its training arguments that were given, in `--config` or beside it.
+
+    Training arguments are parsed by transformers' `HfArgumentParser`. Of PEFT's configs, whose types it cannot parse,
+    every value is read as YAML: `--r 16`, `--target_modules '[q_proj, v_proj]'`, `--rank_pattern '{q_proj: 8}'`.
+
+    Returns:
+        Values by name, of the config and of the arguments.
+
+    Raises:
+        typer.BadParameter: an unknown option, or a value of another type.
+    """
+    from peft import PeftConfig
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise typer.BadParameter(message)
+
+    parser = Parser(arguments_class, add_help=False, allow_abbrev=False)
+    filled_in = _FILLED_IN | inspect.signature(PeftConfig).parameters.keys()
+    of_config = {
+        name: parameter.default
+        for name, parameter in inspect.signature(config_class).parameters.items()
+        if name not in filled_in and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    for name, default in of_config.items():
+        flag: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, dest=name, type=_field_value, **flag)
+    known = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+
+    def refuse(name: str, where: str = "") -> None:
+        close = get_close_matches(name.lstrip("-").replace("-", "_"), known, 3)
+        hint = f": did you mean {' or '.join(close)}?" if close else "; see --help"
+        raise typer.BadParameter(f"{name}{where} is unknown{hint}")
+
+    in_file = ctx.meta.get(_META, {})
+    for name in in_file:
+        if name not in known:
+            refuse(name, " in the file of --config")
+    given = {name: value for name, value in in_file.items() if isinstance(value, (list, dict))}
+    scalars = [f"--{name}={value}" for name, value in in_file.items() if name not in given]
+    found, unknown = parser.parse_known_args([*scalars, *ctx.args])
+    for token in unknown:
+        refuse(token.partition("=")[0])
+    given |= vars(found)
+    return (
+        {name: value for name, value in given.items() if name in of_config},
+        {name: value for name, value in given.items() if name not in of_config},
+    )
+
+
+def _field_value(text: str) -> Any:
+    value = _read_yaml(text, repr(text))
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 3e-4 for a string
+    return value
 
 
 Config = Annotated[

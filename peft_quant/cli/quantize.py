@@ -33,7 +33,7 @@ def quantize(
         list[str] | None, typer.Option(help="Name or ending of layers to leave in float; may be given again.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the layers in OUT.unfinished; give the same options again.")
+        bool, typer.Option("--resume", help="Resume from the layers in OUT.unfinished; repeat the other options.")
     ] = False,
     config: Config = None,
 ) -> None:
@@ -42,7 +42,7 @@ def quantize(
     transformers, optimum and gptqmodel do it, with the float model in memory in fp32.
 
     Until OUT is complete, finished layers are kept in OUT.unfinished, about one byte a weight. After Ctrl-C, the same
-    command with --resume goes on from there.
+    command with --resume resumes there.
     """
     prepare()
     import torch
@@ -56,12 +56,12 @@ def quantize(
     refuse_existing(out)
     state = state_beside(out)
     if state.exists() and not resume:
-        raise FileExistsError(f"{state} is of a run that was interrupted: go on there with --resume, or remove it.")
+        raise FileExistsError(f"{state} is of a run that was interrupted: resume it with --resume, or remove it.")
     if resume:
         if not state.exists():
             raise FileNotFoundError(f"{state} does not exist, so there is nothing to resume: leave out --resume.")
         done, layers = count_finished(state)
-        say(f"going on from {state}, which has {done} of {layers} layers")
+        say(f"resuming from {state}, which has {done} of {layers} layers")
     torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
     tokenizer = load_tokenizer(model)
     windows = token_windows(read_texts(calibration, column, split), tokenizer, sequence_length, samples)

@@ -2,116 +2,146 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .console import prepare, say
-from .fields import parse_fields
-from .options import Column, Config, PushToHub, Split
-from .training import (
-    Data,
-    EvalData,
-    EvalWindows,
-    HeldOut,
-    Output,
-    Resume,
-    SequenceLength,
-    finish,
-    make_arguments,
-    measure,
-    open_output,
-    read_windows,
-    run,
-)
-
-
-class Method(str, Enum):
-    """What is trained."""
-
-    peqa = "peqa"
-    lrec = "lrec"
-    qft = "qft"
+from .distillation import Distillation, Start
+from .options import TEXTS, Column, Config, PushToHub, Split, parse_fields
+from .training import finish, hold_out, measure, open_output, run, with_adapter
 
 
 def train(
     ctx: typer.Context,
     method: Annotated[
-        Method, typer.Argument(help="peqa: scales of a GPTQ model; lrec: a low-rank branch; qft: everything, in int8.")
+        Literal["peqa", "lrec", "qft"],
+        typer.Argument(help="peqa: scales of a GPTQ model; lrec: low-rank adapter; qft: everything, in int8."),
     ],
     model: Annotated[str, typer.Option(help="GPTQ checkpoint, for qft also a float one: directory or Hub id.")],
-    data: Data,
-    output: Output,
+    data: Annotated[str, typer.Option(help=f"Text to train on: {TEXTS}.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "--output-dir", help="Directory for the result and, until then, for checkpoints."),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="For lrec: the float model to distill into the adapter: directory or Hub id."),
+    ] = None,
+    start: Annotated[
+        Start,
+        typer.Option(
+            help="Initialization of the adapter: least error of outputs (whitened) or of weights (svd), or zero."
+        ),
+    ] = "whitened",
+    calibration_windows: Annotated[
+        int, typer.Option(min=2, help="Windows of --data to measure the error of outputs on.")
+    ] = 128,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the teacher's log-probabilities, which are computed once."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Log-probabilities of each token in --cache.")] = 64,
     column: Column = "text",
     split: Split = "train",
-    eval_data: EvalData = None,
-    held_out: HeldOut = 0.1,
-    eval_windows: EvalWindows = 64,
-    sequence_length: SequenceLength = 512,
-    resume: Resume = False,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text to measure perplexity on, instead of the last part of --data.")
+    ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(min=0, max=0.9, help="Share of --data, its last part, to measure perplexity on; 0 for none."),
+    ] = 0.1,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Maximum number of windows to measure perplexity on.")] = 64,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window; the text is cut into these.")] = 512,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in --output; repeat the other options.")
+    ] = False,
     push_to_hub: PushToHub = None,
     config: Config = None,
 ) -> None:
     """Fine-tune a model on text; METHOD comes first.
 
     Every field of the method's config (PEQAConfig, LRECConfig, QFTConfig) and of its training arguments (transformers'
-    TrainingArguments, for qft QFTArguments) is an option too, under its own name: --r 16 --learning_rate 3e-4
-    --max_steps 40. Lists and mappings of a config are written as YAML: --target_modules '[q_proj, v_proj]'.
+    TrainingArguments, for qft QFTArguments, with --teacher LRECTrainingArguments) is an option too, under its own
+    name: --r 16 --learning_rate 3e-4 --max_steps 40. Lists and mappings of a config are written as YAML:
+    --target_modules '[q_proj, v_proj]'.
 
-    Ctrl-C writes a checkpoint after the current step; the same command with --resume goes on from there.
+    With --teacher, an LREC adapter is trained to match the next-token distribution of the float model. The errors of
+    every layer before and after its initialization are in layer_errors.md and layer_errors.png.
+
+    Ctrl-C writes a checkpoint after the current step; the same command with --resume resumes there.
     """
+    if teacher is not None and method != "lrec":
+        raise typer.BadParameter(f"--teacher is for lrec, not for {method}: leave it out.")
+    for name in ("start", "calibration_windows", "cache", "top_k"):
+        source: Any = ctx.get_parameter_source(name)
+        if teacher is None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --teacher: give one, or leave it out.")
     prepare()
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from .. import LRECConfig, PEQAConfig, QFTArguments, QFTConfig, QFTTrainer
+    from .. import LRECConfig, LRECTrainer, LRECTrainingArguments, PEQAConfig, QFTArguments, QFTConfig, QFTTrainer
     from ..evaluation.loading import load_tokenizer
+    from ..evaluation.text import read_texts, spread, token_windows
 
-    config_class, arguments_class, trainer_class = {
-        Method.peqa: (PEQAConfig, TrainingArguments, Trainer),
-        Method.lrec: (LRECConfig, TrainingArguments, Trainer),
-        Method.qft: (QFTConfig, QFTArguments, QFTTrainer),
-    }[method]
+    classes: dict[str, tuple[Any, Any, Any]] = {
+        "peqa": (PEQAConfig, TrainingArguments, Trainer),
+        "lrec": (LRECConfig, TrainingArguments, Trainer),
+        "distillation": (LRECConfig, LRECTrainingArguments, LRECTrainer),
+        "qft": (QFTConfig, QFTArguments, QFTTrainer),
+    }
+    config_class, arguments_class, trainer_class = classes["distillation" if teacher else method]
     of_config, of_arguments = parse_fields(ctx, config_class, arguments_class)
-    arguments = make_arguments(arguments_class, of_arguments, output, push_to_hub)
+    if "resume_from_checkpoint" in of_arguments:
+        raise typer.BadParameter("resume_from_checkpoint has no effect here: use --resume.")
+    hub = {"push_to_hub": True, "hub_model_id": push_to_hub} if push_to_hub else {}
+    arguments = arguments_class(output_dir=str(output), **{**of_arguments, **hub})
     checkpoint = open_output(output, resume)
     tokenizer = load_tokenizer(model)
-    windows, measured = read_windows(
-        arguments, tokenizer, data, column, split, eval_data, held_out, eval_windows, sequence_length
-    )
+    with arguments.main_process_first(desc="reading the text"):
+        windows, measured = token_windows(read_texts(data, column, split), tokenizer, sequence_length), None
+        if eval_data is not None:
+            measured = token_windows(read_texts(eval_data, column, split), tokenizer, sequence_length)
+        elif held_out:
+            windows, measured = hold_out(windows, held_out)
+        measured = measured and spread(measured, eval_windows)
+    evaluated = None if arguments.eval_strategy == "no" else measured
+
     set_seed(arguments.seed)
-    if method is Method.qft:
+    rows: dict[str, float | None] = {}
+    options: dict[str, Any] = {"model": model}
+    further: dict[str, Any] = {}
+    if method == "qft":
         prepared = _in_int8(model, QFTConfig(**of_config), arguments)
+    elif teacher is None:
+        prepared = with_adapter(model, config_class(task_type="CAUSAL_LM", **of_config), arguments)
     else:
-        prepared = _with_adapter(model, config_class(task_type="CAUSAL_LM", **of_config), arguments)
+        options |= {"teacher": teacher, "start": start}
+        distillation = Distillation(teacher, start, calibration_windows, cache, top_k, arguments)
+        prepared = distillation.student(model, LRECConfig(task_type="CAUSAL_LM", **of_config), windows, output)
+        further, rows["float"] = distillation.teach(windows, evaluated, measured)
     trainer = trainer_class(
         prepared,
         arguments,
         train_dataset=windows,
-        eval_dataset=measured,
+        eval_dataset=evaluated,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        **further,
     )
-    rows = {"before": measure(trainer.model, arguments, measured, "before")}
+    if teacher is None:
+        rows["before"] = measure(trainer.model, arguments, measured, "before")
+    else:
+        with prepared.disable_adapter():
+            rows["GPTQ"] = measure(trainer.model, arguments, measured, "GPTQ")
+        if start != "zero":
+            rows[f"start: {start}"] = measure(trainer.model, arguments, measured, "start")
     run(trainer, checkpoint, output)
-    rows[method.value.upper()] = measure(trainer.model, arguments, measured, "after")
-    options = {"model": model, "data": data, "sequence_length": sequence_length, **of_config, **of_arguments}
-    finish(trainer, output, ["train", method.value], options, data, eval_data, rows)
-    say(f"the {'model in int8' if method is Method.qft else 'adapter'} is in {output}")
-
-
-def _with_adapter(model: str, config: Any, arguments: Any) -> Any:
-    from peft import get_peft_model
-
-    from ..evaluation.loading import load_model, quantization_of
-
-    method = quantization_of(model)
-    if method != "gptq":
-        raise ValueError(
-            f"{model} is not a GPTQ checkpoint (quant_method: {method}): make one with `peft-quant quantize`, or "
-            "train the float model with `peft-quant train qft`."
-        )
-    return get_peft_model(load_model(model, device=arguments.device), config)
+    rows[method.upper()] = measure(trainer.model, arguments, measured, "after")
+    options |= {"data": data, "sequence_length": sequence_length, **of_config, **of_arguments}
+    finish(trainer, f"train {method}", options, eval_data, rows)
+    say(f"the {'model in int8' if method == 'qft' else 'adapter'} is in {output}")
 
 
 def _in_int8(model: str, config: Any, arguments: Any) -> Any:

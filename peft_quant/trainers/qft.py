@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from .. import ops
+from ..docstrings import help_from_docstring
 from ..estimate import estimate_qft
 from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
@@ -47,6 +48,7 @@ _STATE = "trainer_state.json"
 _FEW = 1e-3  # a share of the weights
 
 
+@help_from_docstring
 @dataclass
 class QFTArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and what is quantized in training.
@@ -57,14 +59,14 @@ class QFTArguments(TrainingArguments):
 
     Args:
         fused (`bool`):
-            Update each weight within backward, as soon as its gradient exists, and keep no gradient. Without
+            Update each weight within backward, as soon as its gradient exists, and keep no gradients. Without
             accumulation and without `max_grad_norm`.
         state_bits (`int`): 8 for momentum in int8, 32 for fp32.
         rounding (`str`):
-            How weights are rounded: "stochastic"; "nearest", which drops updates below half a step; "error_feedback",
-            which keeps what rounding drops in int8 and adds it to the next update.
-        lion_beta1 (`float`): Share of the momentum in an update.
-        lion_beta2 (`float`): Share of the old momentum in the new one.
+            How weights are rounded: "stochastic"; "nearest", which drops updates below half a step; or
+            "error_feedback", which keeps what rounding drops in int8 and adds it to the next update.
+        lion_beta1 (`float`): Share of the momentum in an update of Lion.
+        lion_beta2 (`float`): Share of the old momentum in Lion's new one.
         refresh_steps (`int`): Optimizer steps between two choices of each weight's scales and outliers; 0 for never.
         max_parameter_norm (`float`): With `fused`, clip each weight's gradient to this norm; 0 for no clipping.
 
@@ -72,25 +74,13 @@ class QFTArguments(TrainingArguments):
         ValueError: options that exclude each other, or fp16, whose loss scaling needs gradients in float.
     """
 
-    fused: bool = field(default=False, metadata={"help": "Update each weight within backward and keep no gradients."})
-    state_bits: int = field(default=8, metadata={"help": "8 for momentum in int8, 32 for fp32.", "choices": [8, 32]})
-    rounding: str = field(
-        default="stochastic",
-        metadata={
-            "help": "How weights are rounded: stochastic; nearest, which drops updates below half a step; or "
-            "error_feedback, which keeps what rounding drops.",
-            "choices": list(_ROUNDINGS),
-        },
-    )
-    lion_beta1: float = field(default=0.9, metadata={"help": "Share of the momentum in an update of Lion."})
-    lion_beta2: float = field(default=0.99, metadata={"help": "Share of the old momentum in Lion's new one."})
-    refresh_steps: int = field(
-        default=100,
-        metadata={"help": "Optimizer steps between two choices of the weights' scales and outliers; 0 for never."},
-    )
-    max_parameter_norm: float = field(
-        default=0.0, metadata={"help": "With fused, clip each weight's gradient to this norm; 0 for no clipping."}
-    )
+    fused: bool = False
+    state_bits: int = field(default=8, metadata={"choices": [8, 32]})
+    rounding: str = field(default="stochastic", metadata={"choices": list(_ROUNDINGS)})
+    lion_beta1: float = 0.9
+    lion_beta2: float = 0.99
+    refresh_steps: int = 100
+    max_parameter_norm: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,6 @@ import sys
 import torch
 
 import peft_quant
-from peft_quant.compat import is_command_line
 
 
 def test_a_table_of_what_is_there(run, monkeypatch):
@@ -29,7 +28,7 @@ def test_only_the_command_itself_registers_later(monkeypatch):
     def process(argv, orig_argv):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "orig_argv", orig_argv)
-        return is_command_line()
+        return peft_quant._is_command_line()
 
     assert process(["/usr/bin/peft-quant", "env"], ["python", "/usr/bin/peft-quant", "env"])
     assert process(["-m", "env"], ["python", "-u", "-m", "peft_quant", "env"])

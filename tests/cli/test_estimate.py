@@ -42,13 +42,22 @@ def test_the_table_is_the_library_s(run, models, tmp_path):
 def test_the_largest_batch(estimate, models):
     counted = Estimate(models / "base", "peqa", sequence=16)
     memory = counted.peak(5)
-    result = estimate("--method", "peqa", "--card", f"{memory / 1e9:.9f} GB")
+    result = estimate("--method", "peqa", "--gpu-memory", f"{memory / 1e9:.9f} GB")
     assert result.table["largest batch"] == [str(counted.largest_batch(memory))]
     assert counted.largest_batch(memory) >= 5
-    assert estimate("--method", "peqa", "--card", "0.000001GB").table["largest batch"] == ["0"]
+    assert estimate("--method", "peqa", "--gpu-memory", "0.000001GB").table["largest batch"] == ["0"]
 
 
-@pytest.mark.parametrize("options", (["--card", "24"], ["--card", "large"], ["--method", "dora"], ["--batch", "0"]))
+def test_the_old_name_of_the_memory(estimate):
+    new, old = (estimate("--method", "peqa", option, "24GB") for option in ("--gpu-memory", "--card"))
+    assert old.stdout == new.stdout
+    assert "--card is now --gpu-memory" in old.stderr
+    assert "--card" not in estimate("--help").stdout
+
+
+@pytest.mark.parametrize(
+    "options", (["--gpu-memory", "24"], ["--gpu-memory", "large"], ["--method", "dora"], ["--batch", "0"])
+)
 def test_wrong_usage(estimate, options):
     result = estimate(*options)
     assert (result.code, result.stdout) == (2, "")

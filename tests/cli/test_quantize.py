@@ -81,7 +81,7 @@ class TestResuming:
 
         resumed = quantize("--resume")
         assert resumed.code == 0, resumed.stderr
-        assert "going on from" in resumed.stdout
+        assert "resuming from" in resumed.stdout
         assert "5 of 14 layers" in resumed.stdout
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
         for file in (tmp_path / "whole").iterdir():

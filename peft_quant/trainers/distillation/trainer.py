@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ...docstrings import help_from_docstring
 from ...tuners.lrec.layer import LRECLinear
 from .cache import CachedTeacher, data_fingerprint
 from .loss import IGNORED, distillation_loss
@@ -28,6 +29,7 @@ _TERMS = ("kl", "ce", "hidden")
 _COMMON = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
+@help_from_docstring
 @dataclass
 class LRECTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and the weights of [`LRECTrainer`]'s loss.
@@ -37,30 +39,22 @@ class LRECTrainingArguments(TrainingArguments):
     120 (2 bits) for the latter, on sequences of 2048 tokens, are a `ce_weight` of 0.005 to 0.06 here.
 
     Args:
-        kl_weight (`float`): Weight of KL(teacher || student), which is multiplied by `temperature ** 2`.
-        ce_weight (`float`): Weight of the cross entropy of the next token.
+        kl_weight (`float`): Weight of KL(teacher || student), a mean per token, multiplied by `temperature ** 2`.
+        ce_weight (`float`): Weight of the cross entropy of the next token, a mean per token.
         hidden_weight (`float`):
             Weight of the squared difference of the last hidden states, averaged over the features (RILQ, arXiv
             2412.01129). Needs a live teacher.
-        temperature (`float`): Divides the logits of both in KL.
+        temperature (`float`): Divides the logits of teacher and student in KL.
 
     Raises:
         ValueError: a negative weight, all weights zero, a temperature that is not positive, or
             `label_smoothing_factor`, which this loss does not support.
     """
 
-    kl_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of KL(teacher || student), a mean per token, multiplied by temperature ** 2."},
-    )
-    ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross entropy of the next token, a mean per token."}
-    )
-    hidden_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the mean squared difference of the last hidden states; needs a live teacher."},
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both in KL."})
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    hidden_weight: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ...compat import __version__
+from ...docstrings import help_from_docstring
 
 
 # LoRA's options that LREC has too, beside those of every PEFT method
@@ -37,6 +38,7 @@ FLOAT_INITIALIZATIONS = ("svd", "whitened")
 """Initializations that need the float model."""
 
 
+@help_from_docstring
 @dataclass
 class LRECConfig(LoraConfig):
     """Configuration of a [`LRECModel`], which trains a low-rank adapter beside the packed weights of a GPTQ model.
@@ -45,7 +47,8 @@ class LRECConfig(LoraConfig):
 
     Args:
         r (`int`): Rank of the adapter.
-        lora_alpha (`int`): The adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_alpha (`int`):
+            The adapter's output is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout (`float`): Probability of dropping an element of the adapter's input in training.
         bias (`"none"`, `"all"` or `"lora_only"`):
             Biases to train and save with the adapter, as in LoRA: those of the adapted layers, or with `"all"` also
@@ -54,7 +57,7 @@ class LRECConfig(LoraConfig):
         rank_pattern (`dict`): Ranks of single layers, by name, ending or regular expression.
         alpha_pattern (`dict`): `lora_alpha` of single layers, likewise.
         target_modules (`list[str]` or `str`, *optional*):
-            The GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
+            GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
             `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
         exclude_modules (`list[str]` or `str`, *optional*):
             The layers to leave out, written as for `target_modules`.
@@ -71,8 +74,8 @@ class LRECConfig(LoraConfig):
             Initialization of A: `True` as in `nn.Linear`, `"gaussian"` with standard deviation `1 / r`. `False` draws
             B at random as well, so that the adapter is not zero, for tests only.
         init_lrec_weights (`str`):
-            `"zero"`, which leaves the model unchanged. [`initialize_lrec_weights`], which needs the float weights,
-            sets it to `"svd"` or `"whitened"`, to record how an adapter was initialized.
+            Initialization of the adapter. `"zero"` leaves the model as it is. `"svd"` and `"whitened"` are written by
+            [`initialize_lrec_weights`], which needs the float weights, and name the initialization of a saved adapter.
         save_as_lora (`bool`):
             Save the adapter as a LoRA adapter, as [`export_lora`] writes them: PEFT loads it without peft_quant, and
             does not check that its base is the one it was trained on.
@@ -81,11 +84,11 @@ class LRECConfig(LoraConfig):
             Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
             on another base.
         base_fingerprint (`str`, *optional*):
-            Filled in by the library: the fingerprint of every GPTQ layer of the base model, whether it is adapted or
-            not. Adapters that replace each other by hot-swapping must agree in it.
+            Filled in by the library: the fingerprint of every GPTQ layer of the base model, adapted or not. Adapters
+            that replace each other by hot-swapping must agree in it.
         peft_quant_version (`str`, *optional*):
-            Filled in by the library: the version that made the adapter. In the saved file it tells which package to
-            import before PEFT can load the adapter.
+            Filled in by the library: the version of peft_quant that made the adapter. In the saved file it tells which
+            package to import before PEFT can load the adapter.
 
     LoRA's other options are refused when the adapter is added to a model.
 
@@ -93,30 +96,12 @@ class LRECConfig(LoraConfig):
         ValueError: for values that contradict each other or are not among those named above.
     """
 
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "GPTQ layers to adapt: names, endings, a regular expression or 'all-linear' (default)."},
-    )
-    init_lrec_weights: str = field(
-        default="zero",
-        metadata={
-            "help": "Initialization: 'zero' leaves the model unchanged; 'svd' and 'whitened' are set by "
-            "`initialize_lrec_weights`."
-        },
-    )
-    save_as_lora: bool = field(
-        default=False, metadata={"help": "Save the adapter as a LoRA adapter, which loads without peft_quant."}
-    )
-    base_quantization: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
-    )
-    base_fingerprint: str | None = field(
-        default=None,
-        metadata={"help": "Fingerprint of every GPTQ layer of the base model, filled in by the library."},
-    )
-    peft_quant_version: str | None = field(
-        default=None, metadata={"help": "Version of peft_quant that made the adapter, filled in by the library."}
-    )
+    target_modules: list[str] | set[str] | str | None = None
+    init_lrec_weights: str = "zero"
+    save_as_lora: bool = False
+    base_quantization: dict[str, Any] | None = None
+    base_fingerprint: str | None = None
+    peft_quant_version: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":

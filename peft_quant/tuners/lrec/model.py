@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ... import gptq
+from ...compat import peft_saves_biases, validate_lora_state_dict
 from ...gptq.base_record import digests
 from ...gptq.fingerprint import fingerprint
 from ..model import PackedTuner
@@ -59,7 +60,7 @@ class LRECModel(PackedTuner, LoraModel):
 
     def _prepare_adapter_config(self, peft_config: LRECConfig, model_config: dict[str, Any]) -> LRECConfig:
         peft_config.refuse_other_lora_options()
-        if peft_config.bias != "none" and not hasattr(self, "_get_learnable_bias_state_dict"):
+        if peft_config.bias != "none" and not peft_saves_biases():
             raise ValueError(
                 f"bias={peft_config.bias!r} needs PEFT 0.21: older ones do not save the biases. Update PEFT, or leave "
                 "`bias` out."
@@ -104,10 +105,8 @@ class LRECModel(PackedTuner, LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, adapter_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-        from peft.utils.save_and_load import _validate_lora_adapter_state_dict  # of PEFT 0.21, which calls this method
-
         state_dict = super()._get_adapter_state_dict(*args, adapter_name=adapter_name, **kwargs)
-        _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)  # PEFT checks only its own LoRA's
+        validate_lora_state_dict(state_dict, adapter_name)  # PEFT checks only its own LoRA's
         return state_dict
 
     def _layer_options(self, config: LRECConfig, name: str) -> dict[str, Any]:

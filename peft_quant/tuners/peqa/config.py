@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ...compat import __version__
+from ...docstrings import help_from_docstring
 
 
+@help_from_docstring
 @dataclass
 class PEQAConfig(PeftConfig):
     """Configuration of a [`PEQAModel`], which fine-tunes the quantization scales of a GPTQ model.
@@ -20,19 +22,19 @@ class PEQAConfig(PeftConfig):
 
     Args:
         target_modules (`list[str]` or `str`, *optional*):
-            The GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
+            GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
             `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
-        exclude_modules (`list[str]` or `str`, *optional*):
-            The layers to leave out, written as for `target_modules`.
+        exclude_modules (`list[str]` or `str`, *optional*): Layers to leave out, written as for `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*):
-            Indices of the transformer blocks to adapt. Not with a regular expression in `target_modules`.
+            Indices of the transformer blocks to adapt; all by default. Not with a regular expression in
+            `target_modules`.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the list of transformer blocks, if it is not a common one. Needs `layers_to_transform`.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train whole and save with the adapter, for instance a classification head.
         serving_dtype (`str`, *optional*):
-            `"bfloat16"` if the merged model will be served in bf16: training then sees scales rounded to bf16 as well,
-            so that serving changes nothing, and starts from the base as bf16 serves it. By default training sees the
+            `"bfloat16"` if the merged model will be served in bf16: training then rounds scales to bf16 as well, and
+            begins with the base as bf16 serves it, so that serving changes nothing. By default training sees the
             scales as the checkpoint stores them (fp16).
         init_weights (`bool`):
             Initialize the deltas to zero, which leaves the model unchanged. `False` draws random ones, for tests only.
@@ -41,41 +43,22 @@ class PEQAConfig(PeftConfig):
             Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
             on another base.
         peft_quant_version (`str`, *optional*):
-            Filled in by the library: the version that made the adapter. In the saved file it tells which package to
-            import before PEFT can load the adapter.
+            Filled in by the library: the version of peft_quant that made the adapter. In the saved file it tells which
+            package to import before PEFT can load the adapter.
 
     Raises:
         ValueError: for values that contradict each other or are not among those named above.
     """
 
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "GPTQ layers to adapt: names, endings, a regular expression or 'all-linear' (default)."},
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave out: names, name endings or a regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the transformer blocks to adapt; all by default."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of transformer blocks, if it is not a common one."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train whole and save with the adapter."}
-    )
-    serving_dtype: str | None = field(
-        default=None, metadata={"help": "'bfloat16' if the merged model will be served in bf16."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Initialize the deltas to zero; False draws random ones (for tests)."}
-    )
-    base_quantization: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Format and fingerprint of the base model, filled in by the library."}
-    )
-    peft_quant_version: str | None = field(
-        default=None, metadata={"help": "Version of peft_quant that made the adapter, filled in by the library."}
-    )
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    serving_dtype: str | None = None
+    init_weights: bool = True
+    base_quantization: dict[str, Any] | None = None
+    peft_quant_version: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
