@@ -16,21 +16,21 @@ from ..compat import __version__
 from .console import quiet
 
 
-_PACKAGES = {  # by what is imported
-    "torch": "torch",
-    "transformers": "transformers",
-    "peft": "peft",
-    "accelerate": "accelerate",
-    "safetensors": "safetensors",
-    "huggingface_hub": "huggingface_hub",
-    "datasets": "datasets",
-    "gptqmodel": "gptqmodel",
-    "optimum": "optimum",
-    "triton": "triton",
-    "trl": "trl",
-    "bitsandbytes": "bitsandbytes",
-    "matplotlib": "matplotlib",
-}
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "datasets",
+    "gptqmodel",
+    "optimum",
+    "triton",
+    "trl",
+    "bitsandbytes",
+    "matplotlib",
+)
 
 
 def env() -> None:
@@ -45,8 +45,8 @@ def _rows() -> Iterator[tuple[str, str]]:
     yield "peft-quant", __version__
     yield "Python", platform.python_version()
     yield "platform", platform.platform()
-    for module, package in _PACKAGES.items():
-        yield package, _state(module, package)
+    for package in _PACKAGES:
+        yield package, _state(package)
     torch = sys.modules.get("torch")
     if torch is not None:
         yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
@@ -58,14 +58,14 @@ def _rows() -> Iterator[tuple[str, str]]:
             yield "GPU", "none"
 
 
-def _state(module: str, package: str) -> str:
+def _state(package: str) -> str:
     try:
         installed = version(package)
     except PackageNotFoundError:
         return "not installed"
     try:
         with redirect_stdout(sys.stderr):
-            import_module(module)
+            import_module(package)
     except Exception as error:
         return f"{installed}, cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
     return installed

@@ -113,13 +113,13 @@ def train(
     options: dict[str, Any] = {"model": model}
     further: dict[str, Any] = {}
     if method == "qft":
-        prepared = _in_int8(model, QFTConfig(**of_config), arguments)
+        prepared = _in_int8(model, config_class(**of_config), arguments)
     elif teacher is None:
         prepared = with_adapter(model, config_class(task_type="CAUSAL_LM", **of_config), arguments)
     else:
         options |= {"teacher": teacher, "start": start}
         distillation = Distillation(teacher, start, calibration_windows, cache, top_k, arguments)
-        prepared = distillation.student(model, LRECConfig(task_type="CAUSAL_LM", **of_config), windows, output)
+        prepared = distillation.student(model, config_class(task_type="CAUSAL_LM", **of_config), windows, output)
         further, rows["float"] = distillation.teach(windows, evaluated, measured)
     trainer = trainer_class(
         prepared,
