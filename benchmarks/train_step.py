@@ -64,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--compile", choices=("default", "reduce-overhead"), help="compile each decoder layer and the loss"
     )
     parser.add_argument(
-        "--correction", action="store_true", help="LRECTrainer's loss: KL from a cached teacher's 64 largest words"
+        "--correction",
+        action="store_true",
+        help="DistillationTrainer's loss: KL from 64 cached log-probabilities",
     )
     parser.add_argument("--liger", action="store_true", help="Liger's loss, which never holds the logits")
     parser.add_argument(

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from .qft import Int8Weight as Int8Weight
     from .qft import QFTConfig as QFTConfig
     from .qft import QuantizedLion as QuantizedLion
-    from .qft import quantize_model as quantize_model
+    from .qft import convert_to_int8 as convert_to_int8
     from .trainers.distillation.cache import cache_teacher as cache_teacher
-    from .trainers.distillation.trainer import LRECTrainer as LRECTrainer
-    from .trainers.distillation.trainer import LRECTrainingArguments as LRECTrainingArguments
-    from .trainers.qft import QFTArguments as QFTArguments
-    from .trainers.qft import QFTMixin as QFTMixin
+    from .trainers.distillation.trainer import DistillationTrainer as DistillationTrainer
+    from .trainers.distillation.trainer import DistillationTrainingArguments as DistillationTrainingArguments
     from .trainers.qft import QFTTrainer as QFTTrainer
+    from .trainers.qft import QFTTrainerMixin as QFTTrainerMixin
+    from .trainers.qft import QFTTrainingArguments as QFTTrainingArguments
     from .trainers.report.callback import ReportCallback as ReportCallback
     from .tuners.hotswap import hotswap_adapter as hotswap_adapter
     from .tuners.lrec import LRECConfig as LRECConfig
@@ -59,10 +59,10 @@ _PUBLIC = {
     "inspection": ["compare_adapters", "inspect_adapter", "inspect_checkpoint"],
     "plots.layer_changes": ["plot_layer_changes"],
     "plots.layer_errors": ["plot_layer_errors"],
-    "qft": ["Int8Weight", "QFTConfig", "QuantizedLion", "quantize_model"],
+    "qft": ["Int8Weight", "QFTConfig", "QuantizedLion", "convert_to_int8"],
     "trainers.distillation.cache": ["cache_teacher"],
-    "trainers.distillation.trainer": ["LRECTrainer", "LRECTrainingArguments"],
-    "trainers.qft": ["QFTArguments", "QFTMixin", "QFTTrainer"],
+    "trainers.distillation.trainer": ["DistillationTrainer", "DistillationTrainingArguments"],
+    "trainers.qft": ["QFTTrainingArguments", "QFTTrainerMixin", "QFTTrainer"],
     "trainers.report.callback": ["ReportCallback"],
     "tuners.hotswap": ["hotswap_adapter"],
     "tuners.lrec": ["LRECConfig", "LRECModel"],

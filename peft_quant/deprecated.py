@@ -9,7 +9,13 @@ from types import ModuleType
 from typing import Any
 
 
-NAMES: dict[str, str] = {}
+NAMES = {
+    "LRECTrainer": "DistillationTrainer",
+    "LRECTrainingArguments": "DistillationTrainingArguments",
+    "QFTArguments": "QFTTrainingArguments",
+    "QFTMixin": "QFTTrainerMixin",
+    "quantize_model": "convert_to_int8",
+}
 MODULES = {
     "peft_quant.callbacks": "peft_quant",
     "peft_quant.loading": "peft_quant.evaluation.loading",

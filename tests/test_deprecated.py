@@ -15,11 +15,11 @@ PUBLISHED = {
     "peft_quant.callbacks": ["ReportCallback"],
     "peft_quant.loading": ["load_model"],
     "peft_quant.perplexity": ["perplexity"],
-    "peft_quant.qft.trainer": ["QFTTrainer"],
+    "peft_quant.qft.trainer": ["QFTTrainer", "QFTTrainingArguments", "QFTTrainerMixin"],
     "peft_quant.report": ["plot_layer_changes", "plot_layer_errors", "write_model_card"],
     "peft_quant.resume": ["SaveOnInterrupt"],
     "peft_quant.text": ["read_texts", "token_windows"],
-    "peft_quant.tuners.lrec.correction": [],
+    "peft_quant.tuners.lrec.correction": ["DistillationTrainer", "DistillationTrainingArguments"],
     "peft_quant.tuners.lrec.teacher": ["cache_teacher"],
     "peft_quant.tuners.peqa.merge": ["plan_merge", "merge_checkpoint"],
 }

@@ -54,7 +54,7 @@ class TestReference:
                 assert re.search(rf"^    [*]*{parameter}\b.*:", described, re.MULTILINE), parameter
 
 
-@pytest.mark.parametrize("name", ("PEQAConfig", "LRECConfig", "QFTArguments", "LRECTrainingArguments"))
+@pytest.mark.parametrize("name", ("PEQAConfig", "LRECConfig", "QFTTrainingArguments", "DistillationTrainingArguments"))
 def test_help_of_fields_is_what_the_docstring_says(name):
     config = getattr(peft_quant, name)
     plain = " ".join(config.__doc__.split()).replace("[`", "`").replace("`]", "`")

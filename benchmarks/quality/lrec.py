@@ -167,9 +167,9 @@ class Run:
                 model = get_peft_model(model, self.config())
             else:
                 model = PeftModel.from_pretrained(model, init, is_trainable=True)
-            peft_quant.LRECTrainer(
+            peft_quant.DistillationTrainer(
                 model,
-                peft_quant.LRECTrainingArguments(**self.trainer_options(), **weights),
+                peft_quant.DistillationTrainingArguments(**self.trainer_options(), **weights),
                 teacher=self.teacher(weights),
                 train_dataset=self.samples("general"),
                 data_collator=default_data_collator,
@@ -213,7 +213,7 @@ class Run:
                 model.add_adapter("task", self.config())
                 model.base_model.set_adapter(["default", "task"])
                 model.set_requires_grad("default", False)
-            arguments = peft_quant.LRECTrainingArguments(**self.trainer_options())
+            arguments = peft_quant.DistillationTrainingArguments(**self.trainer_options())
             data = self.samples("task")
             Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator).train()
             return evaluate(model, self.held_out)

@@ -65,7 +65,7 @@ class Row:
     Attributes:
         kind: of learning rate: AdamW and LoRA want larger ones than Lion.
         quantization: how weights are held in int8; None for fp32.
-        arguments: further ones of QFTArguments.
+        arguments: further ones of QFTTrainingArguments.
         on_gpu_only: whether it needs a GPU.
     """
 
@@ -150,7 +150,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], assets: Path, w
     if row.quantization is not None:
         config = peft_quant.QFTConfig(**row.quantization)
         model = load_float(assets, settings.dtype, quantization_config=config)
-        arguments = peft_quant.QFTArguments(**common, **row.arguments)
+        arguments = peft_quant.QFTTrainingArguments(**common, **row.arguments)
         trainer: Trainer = peft_quant.QFTTrainer(model, arguments, **options)
     else:
         model = load_float(assets)

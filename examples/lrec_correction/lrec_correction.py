@@ -87,7 +87,7 @@ def main() -> None:
 
     size, number = arguments.sequence_length, arguments.steps * arguments.batch_size
     data = windows(arguments.data, "train", size, number)
-    training = peft_quant.LRECTrainingArguments(
+    training = peft_quant.DistillationTrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.batch_size,
@@ -124,7 +124,7 @@ def main() -> None:
         (out / "layer_errors.md").write_text(f"{report}\n", encoding="utf-8")
         evaluate(f"initialized: {arguments.init}", model)
 
-    trainer = peft_quant.LRECTrainer(
+    trainer = peft_quant.DistillationTrainer(
         model, training, teacher=cache, train_dataset=data, data_collator=default_data_collator
     )
     trainer.train()

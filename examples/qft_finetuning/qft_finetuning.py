@@ -90,7 +90,7 @@ def main() -> None:
     rows = {"before": evaluate()}
     trainer = peft_quant.QFTTrainer(
         model,
-        peft_quant.QFTArguments(
+        peft_quant.QFTTrainingArguments(
             output_dir=str(arguments.out / "checkpoints"),
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,

@@ -63,9 +63,9 @@ def train(
     """Fine-tune a model on text; METHOD comes first.
 
     Every field of the method's config (PEQAConfig, LRECConfig, QFTConfig) and of its training arguments (transformers'
-    TrainingArguments, for qft QFTArguments, with --teacher LRECTrainingArguments) is an option too, under its own
-    name: --r 16 --learning_rate 3e-4 --max_steps 40. Lists and mappings of a config are written as YAML:
-    --target_modules '[q_proj, v_proj]'.
+    TrainingArguments, for qft QFTTrainingArguments, with --teacher DistillationTrainingArguments) is an option too,
+    under its own name: --r 16 --learning_rate 3e-4 --max_steps 40. Lists and mappings of a config are written as
+    YAML: --target_modules '[q_proj, v_proj]'.
 
     With --teacher, an LREC adapter is trained to match the next-token distribution of the float model. The errors of
     every layer before and after its initialization are in layer_errors.md and layer_errors.png.
@@ -81,15 +81,23 @@ def train(
     prepare()
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from .. import LRECConfig, LRECTrainer, LRECTrainingArguments, PEQAConfig, QFTArguments, QFTConfig, QFTTrainer
+    from .. import (
+        DistillationTrainer,
+        DistillationTrainingArguments,
+        LRECConfig,
+        PEQAConfig,
+        QFTConfig,
+        QFTTrainer,
+        QFTTrainingArguments,
+    )
     from ..evaluation.loading import load_tokenizer
     from ..evaluation.text import read_texts, spread, token_windows
 
     classes: dict[str, tuple[Any, Any, Any]] = {
         "peqa": (PEQAConfig, TrainingArguments, Trainer),
         "lrec": (LRECConfig, TrainingArguments, Trainer),
-        "distillation": (LRECConfig, LRECTrainingArguments, LRECTrainer),
-        "qft": (QFTConfig, QFTArguments, QFTTrainer),
+        "distillation": (LRECConfig, DistillationTrainingArguments, DistillationTrainer),
+        "qft": (QFTConfig, QFTTrainingArguments, QFTTrainer),
     }
     config_class, arguments_class, trainer_class = classes["distillation" if teacher else method]
     of_config, of_arguments = parse_fields(ctx, config_class, arguments_class)
@@ -148,12 +156,12 @@ def _in_int8(model: str, config: Any, arguments: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .. import quantize_model
+    from .. import convert_to_int8
     from ..evaluation.loading import load_model, quantization_of
 
     method = quantization_of(model)
     if method == "gptq":
-        return quantize_model(load_model(model, device=arguments.device), config)
+        return convert_to_int8(load_model(model, device=arguments.device), config)
     if method == "qft":
         return load_model(model, device=arguments.device)
     return AutoModelForCausalLM.from_pretrained(

@@ -40,7 +40,7 @@ def estimate_qft(
     Args:
         model: with int8 weights.
         inputs: what its forward pass is given, as tensors of the meta device; None if that is not known.
-        fused: as [`QFTArguments`] has it, like `state_bits` and `rounding`.
+        fused: as [`QFTTrainingArguments`] has it, like `state_bits` and `rounding`.
         state_bits: 8, or 32 for momentum in fp32.
         rounding: of int8 weights.
         checkpointing: whether gradient checkpointing is on.

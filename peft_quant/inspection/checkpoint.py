@@ -432,7 +432,7 @@ def _training(declared: Mapping[str, Any], trainable: Mapping[str, int], errors:
         else f": {trainable[method]:,} {what}, {4 * trainable[method] / 1e6:,.1f} MB{per}"
         for method, what, per in (("PEQA", "scales", ""), ("LREC", "values", " for each unit of rank"))
     )
-    return {"PEQA": how + peqa, "LREC": how + lrec, "QFT": "yes, its weights held in int8: `quantize_model`"}
+    return {"PEQA": how + peqa, "LREC": how + lrec, "QFT": "yes, its weights held in int8: `convert_to_int8`"}
 
 
 def _summary(values: Iterable[Any]) -> Any:

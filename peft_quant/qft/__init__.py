@@ -2,7 +2,7 @@
 
 from ..registry import register_quantization
 from .config import QUANT_METHOD, QFTConfig
-from .convert import quantize_model
+from .convert import convert_to_int8
 from .gradients import GradientStack
 from .lion import QuantizedLion
 from .quantizer import QFTQuantizer
@@ -15,7 +15,7 @@ __all__ = [
     "QFTConfig",
     "QFTQuantizer",
     "QuantizedLion",
-    "quantize_model",
+    "convert_to_int8",
 ]
 
 

@@ -14,8 +14,8 @@ class QFTConfig(QuantizationConfigMixin):
     """Which weights of a model are int8, and how: the `quantization_config` of QFT.
 
     Passed to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
-    model is never whole on the device; [`quantize_model`] takes it for a model in memory. The `config.json` of an int8
-    checkpoint contains it.
+    model is never whole on the device; [`convert_to_int8`] takes it for a model in memory. The `config.json` of an
+    int8 checkpoint contains it.
 
     Args:
         outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
@@ -23,7 +23,7 @@ class QFTConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
             float, with or without the prefix of the base model.
         experts_apart (`bool`): Whether the experts of a mixture are separate modules, in int8 like any layer. In
-            transformers all experts of a layer are one tensor, which stays in float. [`quantize_model`] detects it.
+            transformers all experts of a layer are one tensor, which stays in float. [`convert_to_int8`] detects it.
 
     Raises:
         ValueError: a ratio outside 0 to 0.5.

@@ -25,7 +25,7 @@ from .weight import Int8Weight
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def quantize_model(model: Model, config: QFTConfig | None = None) -> Model:
+def convert_to_int8(model: Model, config: QFTConfig | None = None) -> Model:
     """Convert a model's linear layers to int8, to be trained with [`QFTTrainer`]. Works in place, layer by layer.
 
     | from | to |

@@ -244,7 +244,7 @@ def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
             raise ValueError(
                 f"{len(names)} weights, first {names[0]}, are in {state} and in {expected} by the model's "
                 f"quantization config, so that its checkpoint could not be loaded: they were replaced after the model "
-                "was quantized. Quantize it as it now is (`quantize_model` on the float model), or name what is to "
+                "was quantized. Quantize it as it now is (`convert_to_int8` on the float model), or name what is to "
                 "stay in float in QFTConfig(modules_to_not_convert=...)."
             )
 

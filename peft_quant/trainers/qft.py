@@ -50,7 +50,7 @@ _FEW = 1e-3  # a share of the weights
 
 @help_from_docstring
 @dataclass
-class QFTArguments(TrainingArguments):
+class QFTTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and what is quantized in training.
 
     The optimizer is always QuantizedLion: `learning_rate`, `weight_decay`, the scheduler's options and `max_grad_norm`
@@ -113,14 +113,14 @@ class QFTArguments(TrainingArguments):
             )
 
 
-class QFTMixin(_Base):
+class QFTTrainerMixin(_Base):
     """Makes a trainer derived from transformers' train in int8.
 
-    Put it before that trainer, as in `class QFTSFTTrainer(QFTMixin, SFTTrainer)`, with arguments of
-    `class Config(SFTConfig, QFTArguments)`. See [`QFTTrainer`].
+    Put it before that trainer, as in `class QFTSFTTrainer(QFTTrainerMixin, SFTTrainer)`, with arguments of
+    `class Config(SFTConfig, QFTTrainingArguments)`. See [`QFTTrainer`].
     """
 
-    args: Any  # QFTArguments
+    args: Any  # QFTTrainingArguments
     model: Any
     memory_report: MemoryReport
 
@@ -295,7 +295,7 @@ class QFTMixin(_Base):
                 ) from error
 
 
-class QFTTrainer(QFTMixin, Trainer):
+class QFTTrainer(QFTTrainerMixin, Trainer):
     """Trains every parameter, with weights, gradients and Lion's momentum in int8.
 
     This is QFT (Li et al., 2023, arXiv 2310.07147).
@@ -309,8 +309,8 @@ class QFTTrainer(QFTMixin, Trainer):
     have moved. A step whose gradients are not finite changes nothing; `skipped_steps` in the logs counts them.
 
     Args:
-        model: with int8 weights, from [`quantize_model`] or an int8 checkpoint.
-        args ([`QFTArguments`]): with what is quantized and how.
+        model: with int8 weights, from [`convert_to_int8`] or an int8 checkpoint.
+        args ([`QFTTrainingArguments`]): with what is quantized and how.
         kwargs: as [`~transformers.Trainer`]'s, without an optimizer.
 
     Raises:
@@ -320,10 +320,10 @@ class QFTTrainer(QFTMixin, Trainer):
 
     Example:
         ```py
-        >>> from peft_quant import QFTArguments, QFTTrainer, quantize_model
+        >>> from peft_quant import QFTTrainingArguments, QFTTrainer, convert_to_int8
 
-        >>> model = quantize_model(AutoModelForCausalLM.from_pretrained("user/model", dtype="bfloat16"))
-        >>> args = QFTArguments(output_dir="out", learning_rate=2e-5, max_steps=500)
+        >>> model = convert_to_int8(AutoModelForCausalLM.from_pretrained("user/model", dtype="bfloat16"))
+        >>> args = QFTTrainingArguments(output_dir="out", learning_rate=2e-5, max_steps=500)
         >>> QFTTrainer(model, args, train_dataset=dataset).train()
         ```
     """
@@ -359,8 +359,8 @@ class _TrainerHooks(TrainerCallback):
 
 def _check_arguments(trainer: Any) -> None:
     args = trainer.args
-    if not isinstance(args, QFTArguments):
-        raise TypeError(f"`args` is a {type(args).__name__}: use QFTArguments, which says what is quantized.")
+    if not isinstance(args, QFTTrainingArguments):
+        raise TypeError(f"`args` is a {type(args).__name__}: use QFTTrainingArguments, which says what is quantized.")
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # the defaults
         raise ValueError(
             f"optim={OptimizerNames(args.optim).value!r} was asked for, but weights in int8 need QuantizedLion: "
@@ -378,11 +378,11 @@ def _check_arguments(trainer: Any) -> None:
 def _check_model(model: Any) -> None:
     if not any(isinstance(parameter, Int8Weight) for parameter in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} has no weights in int8: use `quantize_model(model)`, or load an int8 checkpoint."
+            f"{type(model).__name__} has no weights in int8: use `convert_to_int8(model)`, or load an int8 checkpoint."
         )
     if not hasattr(model, "hf_quantizer"):
         raise ValueError(
-            f"{type(model).__name__} was not put into int8 by `quantize_model` or `from_pretrained` of transformers' "
+            f"{type(model).__name__} was not put into int8 by `convert_to_int8` or `from_pretrained` of transformers' "
             "models, which is what QFTTrainer saves and loads. Train it with QuantizedLion in a loop of your own."
         )
 
@@ -411,7 +411,7 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> None:
+def _warn_of_small_steps(model: nn.Module, args: QFTTrainingArguments, steps: float) -> None:
     """Warn if an epoch leaves nearly all int8 weights where they are."""
     values, moved = 0, 0.0
     for weight in model.parameters():
@@ -434,7 +434,7 @@ def _warn_of_small_steps(model: nn.Module, args: QFTArguments, steps: float) -> 
         )
 
 
-def _checkpoint_bytes(model: nn.Module, args: QFTArguments) -> int:
+def _checkpoint_bytes(model: nn.Module, args: QFTTrainingArguments) -> int:
     weights = sum(p.bytes_held if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
     if args.save_only_model:
         return weights
@@ -445,7 +445,7 @@ def _checkpoint_bytes(model: nn.Module, args: QFTArguments) -> int:
 
 
 def memory_of_step(model: Any, args: Any, dataset: Any) -> MemoryReport:
-    """What a step by [`QFTArguments`] holds, with batches as the first sample of the training data shows them."""
+    """What a step by [`QFTTrainingArguments`] holds, with batches of the shape of the first training sample."""
     return estimate_qft(
         model,
         _first_batch(model, dataset, args.per_device_train_batch_size),

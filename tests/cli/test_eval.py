@@ -7,7 +7,7 @@ import torch
 from gptq_models import tiny_tokenizer
 from peft import get_peft_model
 
-from peft_quant import LRECConfig, PEQAConfig, quantize_model
+from peft_quant import LRECConfig, PEQAConfig, convert_to_int8
 from peft_quant.evaluation.loading import load_model
 
 
@@ -31,7 +31,7 @@ def test_every_kind_of_model(evaluate, models, tmp_path):
     peqa.save_pretrained(tmp_path / "adapter")
     merged = peqa.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    quantize_model(load_model(models / "float")).save_pretrained(tmp_path / "int8")
+    convert_to_int8(load_model(models / "float")).save_pretrained(tmp_path / "int8")
     for name in ("merged", "int8"):
         tiny_tokenizer().save_pretrained(tmp_path / name)
     names = [str(models / "float"), str(models / "base"), *(str(tmp_path / n) for n in ("adapter", "merged", "int8"))]

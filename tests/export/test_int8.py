@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_quant import Int8Weight, QFTConfig, export_qft, gptq, quantize_model
+from peft_quant import Int8Weight, QFTConfig, convert_to_int8, export_qft, gptq
 from peft_quant.export.int8 import _FOUND_BY_ITSELF
 from peft_quant.gptq.check import PackedTensors, check_packed_tensors
 
@@ -86,7 +86,7 @@ assert "peft_quant" not in sys.modules
     def test_conv1d(self, tmp_path, input_ids):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=16))
-        quantize_model(model.bfloat16().eval())
+        convert_to_int8(model.bfloat16().eval())
         export_qft(model, tmp_path / "out")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert error_of(loaded, model, input_ids) < 0.01 * logits(model, input_ids).abs().max()
@@ -111,7 +111,7 @@ class TestGPTQ:
     @pytest.mark.parametrize("group_size", (-1, 32))
     def test_a_gptq_checkpoint_comes_back_as_it_was(self, tmp_path, input_ids, group_size, signed):
         base = save_tiny_llama(tmp_path / "base", 8, group_size, signed=signed)
-        model = quantize_model(load(base, bits=8, dtype=torch.float16))
+        model = convert_to_int8(load(base, bits=8, dtype=torch.float16))
         error = export_qft(model, tmp_path / "out", "gptq", inputs={"input_ids": input_ids})
         assert error.largest == 0
         before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out"))
@@ -137,14 +137,14 @@ class TestGPTQ:
         model = float_llama()
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[3] *= 1e-5  # below fp16's normal numbers, as scales
-        quantize_model(model, NO_OUTLIERS)
+        convert_to_int8(model, NO_OUTLIERS)
         error = export_qft(model, tmp_path / "out", "gptq", inputs={"input_ids": input_ids})
         assert error.largest < 0.01 * error.largest_logit
         tensors = load_file(tmp_path / "out" / "model.safetensors")
         assert all((tensor > 0).all() for name, tensor in tensors.items() if name.endswith(".scales"))
 
     def test_tiny_negative_scales(self, tmp_path):
-        model = quantize_model(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
+        model = convert_to_int8(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
         layer = "model.layers.0.mlp.up_proj"
         weight = model.get_parameter(f"{layer}.weight")
         with torch.no_grad():
@@ -172,7 +172,7 @@ class TestGPTQ:
         experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
         config = Qwen2MoeConfig(**sizes, **experts, vocab_size=64, intermediate_size=32)
         torch.manual_seed(0)
-        model = quantize_model(Qwen2MoeForCausalLM(config).bfloat16().eval())
+        model = convert_to_int8(Qwen2MoeForCausalLM(config).bfloat16().eval())
         ids = torch.arange(8)[None]
         model.save_pretrained(tmp_path / "int8")
         assert error_of(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), model, ids) == 0
@@ -199,12 +199,12 @@ class TestRefusals:
 
     def test_gptq_of_what_does_not_read_text(self, tmp_path):
         config = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-        model = quantize_model(ViTForImageClassification(config))
+        model = convert_to_int8(ViTForImageClassification(config))
         with pytest.raises(ValueError, match="a ViTForImageClassification reads pixel_values: export it as bf16"):
             export_qft(model, tmp_path / "out", "gptq")
 
     def test_an_error_of_logits_that_are_not_there(self, tmp_path, input_ids):
-        model = quantize_model(float_llama().model)
+        model = convert_to_int8(float_llama().model)
         with pytest.raises(ValueError, match=r"`inputs` ask for the error of logits, .* export it without them"):
             export_qft(model, tmp_path / "out", inputs={"input_ids": input_ids})
         export_qft(model, tmp_path / "out")

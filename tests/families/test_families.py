@@ -13,11 +13,11 @@ from peft_quant import (
     Int8Weight,
     LRECConfig,
     PEQAConfig,
-    QFTArguments,
     QFTTrainer,
+    QFTTrainingArguments,
+    convert_to_int8,
     inspect_checkpoint,
     merge_checkpoint,
-    quantize_model,
 )
 from peft_quant.gptq import dequantize, read_format
 from peft_quant.gptq.source import packed_modules
@@ -96,7 +96,7 @@ def adapter_trains(family, base, method):
 
 def test_held_in_int8(base):
     weights = {name: dequantize(layer, read_format(layer)) for name, layer in packed_modules(base).items()}
-    model = quantize_model(base)
+    model = convert_to_int8(base)
     for name, weight in weights.items():
         layer = model.get_submodule(name)
         held = layer.weight.dequantize(torch.float32) if isinstance(layer.weight, Int8Weight) else layer.weight
@@ -105,10 +105,10 @@ def test_held_in_int8(base):
 
 
 def test_qft_trains(family, base, tmp_path):
-    model = quantize_model(base)
+    model = convert_to_int8(base)
     before = first_output(model(**family.inputs)).item()
     rows = [{name: tensor[row] for name, tensor in family.inputs.items()} | {"labels": 0} for row in (0, 1)] * 2
-    arguments = QFTArguments(
+    arguments = QFTTrainingArguments(
         tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, report_to="none", use_cpu=True
     )
 

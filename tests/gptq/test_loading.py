@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, prepare_gptq_for_training, quantize_model
+from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, convert_to_int8, prepare_gptq_for_training
 from peft_quant.evaluation.loading import load_model, quantization_of
 from peft_quant.gptq.loading import GPTQCheckpointQuantizer
 from peft_quant.gptq.source import packed_modules
@@ -61,7 +61,7 @@ class TestHalfLoadedModels:
 
     def test_are_not_held_in_int8(self, half_loaded):
         with pytest.raises(InvalidCheckpointError, match=self.MESSAGE):
-            quantize_model(half_loaded)
+            convert_to_int8(half_loaded)
 
     def test_are_known_by_their_hub_id(self, half_loaded, monkeypatch):
         directory = half_loaded.config._name_or_path
@@ -108,7 +108,7 @@ class TestModelsThatAreWhole:
 class TestCastModels:
     @pytest.mark.parametrize("cast", ("bfloat16", "double"))
     @pytest.mark.parametrize(
-        "use", (lambda model: get_peft_model(model, PEQAConfig()), prepare_gptq_for_training, quantize_model)
+        "use", (lambda model: get_peft_model(model, PEQAConfig()), prepare_gptq_for_training, convert_to_int8)
     )
     def test_are_refused(self, model, cast, use):
         with pytest.raises(ValueError, match=r"scales of .* are torch\.\w+ in memory and torch\.float16 in"):
@@ -157,7 +157,7 @@ class TestRepackedLayers:
         torch.testing.assert_close(model(input_ids).logits, expected(input_ids).logits)
         for layer in packed_modules(model).values():
             layer.linear_mode = "inference"
-        assert not packed_modules(quantize_model(model))
+        assert not packed_modules(convert_to_int8(model))
 
     def test_of_a_cpu_kernel(self, checkpoint, input_ids):
         model = load(checkpoint, backend="auto")

@@ -12,7 +12,7 @@ from gptq_models import float_llama
 from quick_training import SETTINGS, sequences
 from torch import nn
 
-from peft_quant import Int8Weight, QFTArguments, QFTConfig, QFTTrainer, quantize_model
+from peft_quant import Int8Weight, QFTConfig, QFTTrainer, QFTTrainingArguments, convert_to_int8
 
 
 WIDTH, VOCABULARY, LENGTH = 32, 128, 12
@@ -247,7 +247,7 @@ def int8_model(
     model.to(dtype)
     for name, buffer in buffers.items():
         model.get_buffer(name).data = buffer
-    return quantize_model(model, config)
+    return convert_to_int8(model, config)
 
 
 def family_trainer(directory, family, model, **settings):
@@ -262,11 +262,11 @@ def int8_llama(config: QFTConfig | None = None, dtype: torch.dtype = torch.bfloa
     rotary = model.model.rotary_emb
     model.model.rotary_emb = None
     model.to(dtype).model.rotary_emb = rotary
-    return quantize_model(model, config)
+    return convert_to_int8(model, config)
 
 
 def trainer(directory, model=None, trainer_class=QFTTrainer, trainer_options=None, **settings):
-    arguments = QFTArguments(str(directory), **{**SETTINGS, "max_steps": 4, "learning_rate": 1e-3, **settings})
+    arguments = QFTTrainingArguments(str(directory), **{**SETTINGS, "max_steps": 4, "learning_rate": 1e-3, **settings})
     options = {"train_dataset": sequences(), "eval_dataset": sequences(4), **(trainer_options or {})}
     return trainer_class(int8_llama() if model is None else model, arguments, **options)
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from peft_quant import Int8Weight, QFTConfig, RepackedLayerError, quantize_model
+from peft_quant import Int8Weight, QFTConfig, RepackedLayerError, convert_to_int8
 from peft_quant.qft.policy import POLICY
 
 
@@ -45,13 +45,13 @@ class TestPolicy:
     def test_routers_stay(self):
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
         experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
-        qwen = quantize_model(
+        qwen = convert_to_int8(
             Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, vocab_size=64, intermediate_size=32))
         )
         names = int8_names(qwen)
         assert "model.layers.0.mlp.shared_expert.up_proj.weight" in names
         assert not {name for name in names if name.endswith((".gate.weight", "shared_expert_gate.weight"))}
-        mixtral = quantize_model(
+        mixtral = convert_to_int8(
             MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=64, intermediate_size=32, num_local_experts=4))
         )
         assert int8_names(mixtral) == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
@@ -70,7 +70,7 @@ class TestPolicy:
     )
     def test_no_linear_layer(self, model, config, message):
         with pytest.raises(ValueError, match=message):
-            quantize_model(model, config)
+            convert_to_int8(model, config)
 
     def test_every_rule_has_a_role(self):
         assert [rule.role for rule in POLICY] == ["head", "router", "linear layer", "embedding"]
@@ -80,7 +80,7 @@ class TestFloatModels:
     def test_a_row_is_off_by_half_a_step_at_most(self):
         before = float_llama()
         expected = {name: p.detach().clone() for name, p in before.named_parameters()}
-        model = quantize_model(before)
+        model = convert_to_int8(before)
         assert model is before
         for name, p in model.named_parameters():
             if isinstance(p, Int8Weight):
@@ -95,7 +95,7 @@ class TestFloatModels:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config).eval()
         expected = model(input_ids).logits
-        quantize_model(model)
+        convert_to_int8(model)
         assert len(int8_names(model)) == 4
         logits = model(input_ids).logits
         assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
@@ -105,7 +105,7 @@ class TestFloatModels:
     def test_weights_shared_by_layers_stay_shared(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
         model[2].weight = model[0].weight
-        quantize_model(model)
+        convert_to_int8(model)
         assert model[2].weight is model[0].weight
         assert model[1].weight is not model[0].weight
         assert isinstance(model[2].weight, Int8Weight)
@@ -115,13 +115,13 @@ class TestFloatModels:
         model = LlavaModel(LlavaConfig(text_config=tiny_config(), vision_config=vision))
         around = nn.ModuleDict({"model": model})
         around.config = model.config
-        names = int8_names(quantize_model(around))
+        names = int8_names(convert_to_int8(around))
         assert len(names) == 14 + 6 + 2  # of both towers, and between them
 
     def test_frozen_ones_stay_frozen(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         model[0].weight.requires_grad_(False)
-        quantize_model(model)
+        convert_to_int8(model)
         assert [layer.weight.requires_grad for layer in model] == [False, True]
 
     def test_nan_is_named(self):
@@ -129,17 +129,17 @@ class TestFloatModels:
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj cannot be held in int8: .* NaN"):
-            quantize_model(model)
+            convert_to_int8(model)
 
     def test_twice(self):
         with pytest.raises(ValueError, match="holds its weights in int8 already"):
-            quantize_model(int8_llama())
+            convert_to_int8(int8_llama())
 
     def test_another_quantization(self):
         model = float_llama()
         model.quantization_method = "bitsandbytes"
         with pytest.raises(ValueError, match="quantized with bitsandbytes"):
-            quantize_model(model)
+            convert_to_int8(model)
 
     @pytest.mark.parametrize("ratio", (-0.1, 0.6, float("nan")))
     def test_a_ratio_out_of_range(self, ratio):
@@ -166,7 +166,7 @@ class TestGPTQ:
         model = load(path, bits=8)
         expected = model(input_ids).logits
         scales = model.model.layers[0].mlp.up_proj.scales.t().float()
-        quantize_model(model)
+        convert_to_int8(model)
         weight = model.model.layers[0].mlp.up_proj.weight
         assert torch.equal(weight.scales, scales)
         assert bool((scales < 0).any()) == signed
@@ -177,7 +177,7 @@ class TestGPTQ:
         assert model.config.quantization_config.quant_method == "qft"
 
     def test_decoded_weights_lie_as_those_of_a_float_model_do(self, checkpoint):
-        model = quantize_model(load(checkpoint), QFTConfig(outlier_ratio=0.0))
+        model = convert_to_int8(load(checkpoint), QFTConfig(outlier_ratio=0.0))
         weight = model.model.layers[0].mlp.up_proj.weight
         assert all(part.is_contiguous() for part in weight.parts.values())
 
@@ -186,7 +186,7 @@ class TestGPTQ:
     def test_codes(self, layer_bias, signed):
         packed = random_packed(8, signed=signed)
         model = nn.Sequential(PlainLayer(packed, torch.arange(64.0) if layer_bias else None), nn.Linear(64, 8))
-        quantize_model(model)
+        convert_to_int8(model)
         weight = model[0].weight
         assert torch.equal(weight.codes.int(), (packed.codes - 128).t().int())
         assert torch.equal(weight.dequantize(), packed.weight.t())
@@ -209,7 +209,7 @@ class TestGPTQ:
     def test_others_are_decoded_and_encoded_again(self, bits, options):
         packed = random_packed(bits, **options)
         model = nn.Sequential(PlainLayer(packed), nn.Linear(64, 8))
-        quantize_model(model)
+        convert_to_int8(model)
         weight = model[0].weight
         assert weight.scales.shape == (64, 1)
         assert weight.outlier_values.shape == (64, 1)
@@ -219,5 +219,5 @@ class TestGPTQ:
         model = PlainMLP()
         model.down.linear_mode = "inference"
         with pytest.raises(RepackedLayerError, match="down"):
-            quantize_model(model)
+            convert_to_int8(model)
         assert isinstance(model.up, PlainLayer)

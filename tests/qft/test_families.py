@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, CLIPConfig, CLIPMod
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from peft_quant import Int8Weight, InvalidCheckpointError, QFTConfig, export_qft, quantize_model
+from peft_quant import Int8Weight, InvalidCheckpointError, QFTConfig, convert_to_int8, export_qft
 from peft_quant.qft.checkpoint import PARTS
 
 
@@ -68,7 +68,7 @@ class TestCheckpoints:
         model = FAMILIES[family].model()
         model.save_pretrained(tmp_path / "float")
         loaded = load_clean(type(model), tmp_path / "float", quantization_config=config)
-        assert_equal(loaded, quantize_model(model, config))
+        assert_equal(loaded, convert_to_int8(model, config))
         loaded.save_pretrained(tmp_path / "int8")
         assert_equal(load_clean(type(model), tmp_path / "int8"), loaded)
 
@@ -99,11 +99,11 @@ class TestHeads:
         torch.manual_seed(0)
         model = saved_class(FAMILIES[family].config())
         model.save_pretrained(tmp_path / "float")
-        quantize_model(model, config).save_pretrained(tmp_path / "int8")
+        convert_to_int8(model, config).save_pretrained(tmp_path / "int8")
         in_float, expected = loaded_class.from_pretrained(tmp_path / "float", output_loading_info=True)
         loaded, found = loaded_class.from_pretrained(tmp_path / "int8", output_loading_info=True)
         assert found == expected
-        quantize_model(in_float, config)  # so what is new, as a pooler, is quantized too
+        convert_to_int8(in_float, config)  # so what is new, as a pooler, is quantized too
         assert int8_names(loaded) == int8_names(in_float)
         own, other = contents(loaded), contents(in_float)
         assert all(
@@ -166,8 +166,8 @@ class TestNames:
         register_checkpoint_conversion_mapping("RenamedLlama", [renaming], overwrite=True)
         config = FAMILIES["Llama"].config()
         with pytest.raises(ValueError, match=r"renames 2 weights of a RenamedLlama, first .*o_proj\.weight"):
-            quantize_model(RenamedLlama(config)).save_pretrained(tmp_path / "first")
-        model = quantize_model(RenamedLlama(config), QFTConfig(modules_to_not_convert=["o_proj"]))
+            convert_to_int8(RenamedLlama(config)).save_pretrained(tmp_path / "first")
+        model = convert_to_int8(RenamedLlama(config), QFTConfig(modules_to_not_convert=["o_proj"]))
         model.save_pretrained(tmp_path / "second")
         assert_equal(load_clean(RenamedLlama, tmp_path / "second"), model)
 
@@ -191,7 +191,7 @@ class TestNames:
     def test_a_model_without_embeddings_of_tokens(self, tmp_path):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision = {**sizes, "image_size": 16, "patch_size": 8}
-        model = quantize_model(CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16)))
+        model = convert_to_int8(CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16)))
         with pytest.raises(NotImplementedError):
             model.get_input_embeddings()
         model.save_pretrained(tmp_path)

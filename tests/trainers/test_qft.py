@@ -18,14 +18,14 @@ from trl import SFTConfig, SFTTrainer
 import peft_quant
 from peft_quant import (
     Int8Weight,
-    QFTArguments,
     QFTConfig,
-    QFTMixin,
     QFTTrainer,
+    QFTTrainerMixin,
+    QFTTrainingArguments,
     QuantizedLion,
     TrainingError,
+    convert_to_int8,
     estimate_memory,
-    quantize_model,
 )
 from peft_quant.qft.dry_run import first_rows_only, require_readable
 from peft_quant.trainers.qft import _check_arguments
@@ -374,7 +374,7 @@ class TestReport:
         assert "of fp32 AdamW" in caplog.text
 
     def test_is_the_estimate_of_the_config(self, tmp_path):
-        model = quantize_model(float_llama().bfloat16())
+        model = convert_to_int8(float_llama().bfloat16())
         run = trainer(tmp_path, model, gradient_checkpointing=True, max_steps=1)
         run.train()
         batch, sequence = run.args.per_device_train_batch_size, len(run.train_dataset[0]["input_ids"])
@@ -391,7 +391,7 @@ class TestReport:
 
     @pytest.mark.parametrize("rate", (1e-9, 1e-3))
     def test_negative_scales_count_by_their_size(self, tmp_path, recwarn, rate):
-        model = quantize_model(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
+        model = convert_to_int8(load(save_tiny_llama(tmp_path / "base", 8, signed=True), bits=8))
         trainer(tmp_path, model, learning_rate=rate).train()
         warned = [warning for warning in recwarn if "hardly train" in str(warning.message)]
         assert bool(warned) == (rate == 1e-9)
@@ -413,11 +413,11 @@ class TestRefusals:
     )
     def test_arguments(self, tmp_path, settings, message):
         with pytest.raises(ValueError, match=message):
-            QFTArguments(str(tmp_path), use_cpu=True, **settings)
+            QFTTrainingArguments(str(tmp_path), use_cpu=True, **settings)
 
     def test_help_is_in_the_metadata(self):
-        own = QFTArguments.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
-        assert all(QFTArguments.__dataclass_fields__[name].metadata["help"] for name in own)
+        own = QFTTrainingArguments.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
+        assert all(QFTTrainingArguments.__dataclass_fields__[name].metadata["help"] for name in own)
         assert "rounding" in own
 
     def test_optimizers_from_outside(self, tmp_path):
@@ -433,9 +433,9 @@ class TestRefusals:
             trainer(tmp_path, model, optim="sgd")
 
     def test_models_and_arguments_of_other_kinds(self, tmp_path):
-        with pytest.raises(ValueError, match="has no weights in int8: use `quantize_model"):
+        with pytest.raises(ValueError, match="has no weights in int8: use `convert_to_int8"):
             trainer(tmp_path, float_llama())
-        with pytest.raises(TypeError, match="use QFTArguments"):
+        with pytest.raises(TypeError, match="use QFTTrainingArguments"):
             QFTTrainer(int8_llama(), TrainingArguments(str(tmp_path), use_cpu=True))
 
     def test_several_devices(self, tmp_path):
@@ -446,11 +446,11 @@ class TestRefusals:
 
 
 @dataclass
-class SFTArguments(SFTConfig, QFTArguments):
+class SFTArguments(SFTConfig, QFTTrainingArguments):
     pass
 
 
-class QFTSFTTrainer(QFTMixin, SFTTrainer):
+class QFTSFTTrainer(QFTTrainerMixin, SFTTrainer):
     pass
 
 

@@ -17,10 +17,10 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from peft_quant import (
     LRECConfig,
     PEQAConfig,
+    convert_to_int8,
     gptq,
     merge_checkpoint,
     prepare_gptq_for_training,
-    quantize_model,
     restore_gptq_forward,
 )
 from peft_quant.tuners.peqa import PEQALinear
@@ -279,7 +279,7 @@ class TestCastsThatReachTheScales:
             lambda model: get_peft_model(model, PEQAConfig()),
             lambda model: get_peft_model(model, LRECConfig()),
             prepare_gptq_for_training,
-            quantize_model,
+            convert_to_int8,
         ),
         ids=("PEQA", "LREC", "prepared", "QFT"),
     )

@@ -101,7 +101,7 @@ def cache_teacher(
     temperature: float = 1.0,
     tokenizer: Any = None,
 ) -> Path:
-    """Write a float model's next-token distributions to disk, for [`LRECTrainer`] to train on without the model.
+    """Write a float model's next-token distributions to disk, for [`DistillationTrainer`] to train without the model.
 
     For each token, the cache holds the `k` largest log-probabilities and that of all others together, in fp16, and the
     indices in 16 bits, or in 32 if the vocabulary needs them: `4 * k + 2` or `6 * k + 2` bytes, where fp32 logits take

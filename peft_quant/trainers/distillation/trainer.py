@@ -31,8 +31,8 @@ _COMMON = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 @help_from_docstring
 @dataclass
-class LRECTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] and the weights of [`LRECTrainer`]'s loss.
+class DistillationTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and the weights of [`DistillationTrainer`]'s loss.
 
     Every term is a mean per predicted token, so a weight has the same effect at every length, batch size and number of
     accumulation steps. INT2.1 sums KL over a sequence and averages the cross entropy: its weights of 10 (4 bits) to
@@ -68,12 +68,12 @@ class LRECTrainingArguments(TrainingArguments):
             raise ValueError(f"temperature={self.temperature}: use a positive number.")
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported by LRECTrainer's loss: leave "
-                "it at 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported by DistillationTrainer's loss: "
+                "leave it at 0."
             )
 
 
-class LRECTrainer(Trainer):
+class DistillationTrainer(Trainer):
     """Distills the float model into the LREC adapter of a GPTQ model (INT2.1, Chai et al., 2023, arXiv 2306.08162).
 
     The loss is
@@ -88,7 +88,7 @@ class LRECTrainer(Trainer):
 
     Args:
         model: the student, a causal language model with a trainable LREC adapter.
-        args ([`LRECTrainingArguments`]): with the weights of the loss.
+        args ([`DistillationTrainingArguments`]): with the weights of the loss.
         teacher: the float model that was quantized, in memory or offloaded by accelerate (`device_map`,
             `cpu_offload`, `disk_offload`), which streams it block by block; or the directory of a cache written by
             [`cache_teacher`], which must have every sample to train and evaluate on. Its memory is logged. Not needed
@@ -105,30 +105,32 @@ class LRECTrainer(Trainer):
 
     Example:
         ```py
-        >>> from peft_quant import LRECTrainer, LRECTrainingArguments
+        >>> from peft_quant import DistillationTrainer, DistillationTrainingArguments
 
         >>> teacher = AutoModelForCausalLM.from_pretrained("user/model", dtype="bfloat16")
-        >>> args = LRECTrainingArguments(output_dir="out", learning_rate=1e-4, max_steps=500)
-        >>> LRECTrainer(model, args, teacher=teacher, train_dataset=dataset).train()
+        >>> args = DistillationTrainingArguments(output_dir="out", learning_rate=1e-4, max_steps=500)
+        >>> DistillationTrainer(model, args, teacher=teacher, train_dataset=dataset).train()
         ```
     """
 
     loss_is_scaled_for_ga = True
-    args: LRECTrainingArguments
+    args: DistillationTrainingArguments
 
     def __init__(
         self,
         model: nn.Module,
-        args: LRECTrainingArguments,
+        args: DistillationTrainingArguments,
         *,
         teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
         teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, LRECTrainingArguments):
-            raise TypeError(f"`args` is a {type(args).__name__}: use LRECTrainingArguments, which has the weights.")
+        if not isinstance(args, DistillationTrainingArguments):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}: use DistillationTrainingArguments, which has the weights."
+            )
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("`compute_loss_func` would replace LRECTrainer's loss: use a plain Trainer.")
+            raise ValueError("`compute_loss_func` would replace DistillationTrainer's loss: use a plain Trainer.")
         _check_student(model)
         self.teacher = _open_teacher(teacher, args)
         given = tokenizer_fingerprint(teacher_processing_class)
@@ -143,8 +145,8 @@ class LRECTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process would use {self.args.n_gpu} GPUs (DataParallel), which LRECTrainer does not support: "
-                "start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
+                f"One process would use {self.args.n_gpu} GPUs (DataParallel), which DistillationTrainer does not "
+                "support: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.model_accepts_loss_kwargs = True  # the Trainer then counts tokens over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
@@ -258,7 +260,7 @@ def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     return targets
 
 
-def _open_teacher(teacher: Any, args: LRECTrainingArguments) -> ModelTeacher | CachedTeacher | None:
+def _open_teacher(teacher: Any, args: DistillationTrainingArguments) -> ModelTeacher | CachedTeacher | None:
     if teacher is None:
         if args.kl_weight or args.hidden_weight:
             raise ValueError(
@@ -272,7 +274,7 @@ def _open_teacher(teacher: Any, args: LRECTrainingArguments) -> ModelTeacher | C
 def _check_student(model: Any) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is not a causal language model, which LRECTrainer needs.")
+        raise ValueError(f"{type(model).__name__} is not a causal language model, which DistillationTrainer needs.")
     layers = [layer for layer in model.modules() if isinstance(layer, LRECLinear) and layer.lora_B]
     if not any(matrix.weight.requires_grad for layer in layers for matrix in layer.lora_B.values()):
         raise ValueError(
@@ -301,7 +303,7 @@ def _check_tokenizers(of_teacher: str | None, of_student: str | None) -> None:
         )
 
 
-def _check_cache(cache: CachedTeacher, student: Any, args: LRECTrainingArguments) -> None:
+def _check_cache(cache: CachedTeacher, student: Any, args: DistillationTrainingArguments) -> None:
     if args.hidden_weight:
         raise ValueError(
             f"hidden_weight={args.hidden_weight} needs a live teacher: a cache has no hidden states. Give the float "

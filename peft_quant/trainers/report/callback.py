@@ -25,7 +25,7 @@ from ...estimate.report import MemoryReport, MemoryRow
 from ...export.card import package_versions
 from ...first_step import sample
 from ...qft.weight import Int8Weight
-from ..qft import QFTArguments, memory_of_step
+from ..qft import QFTTrainingArguments, memory_of_step
 from . import facts
 from .page import Evaluation, Sample, TrainingReport, format_seconds, write_training_report
 
@@ -217,7 +217,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         )
 
     def _memory_rows(self, args: Any, model: nn.Module, train_dataloader: Any) -> list[MemoryRow]:
-        if isinstance(args, QFTArguments):
+        if isinstance(args, QFTTrainingArguments):
             if self._memory_of_step is None:
                 self._memory_of_step = memory_of_step(model, args, getattr(train_dataloader, "dataset", None))
             return list(self._memory_of_step.rows)

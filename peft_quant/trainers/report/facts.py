@@ -29,7 +29,7 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def losses(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The loss of every evaluation set by the prefix of its metrics; of LRECTrainer's the cross entropy."""
+    """The loss of every evaluation set by the prefix of its metrics; of DistillationTrainer's the cross entropy."""
     found = {}
     for key in metrics:
         prefix = key.removesuffix("_runtime")

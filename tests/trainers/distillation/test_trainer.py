@@ -14,7 +14,7 @@ from quick_training import SETTINGS, logged
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
-from peft_quant import LRECConfig, LRECTrainer, LRECTrainingArguments, PEQAConfig, cache_teacher
+from peft_quant import DistillationTrainer, DistillationTrainingArguments, LRECConfig, PEQAConfig, cache_teacher
 
 
 def texts(lengths=(16,) * 16, seed=0):
@@ -57,9 +57,9 @@ def trainer(model, directory, teacher, steps=6, data=None, evaluation=None, **op
     set_seed(0)
     defaults = {**SETTINGS, "learning_rate": 1e-2, "max_grad_norm": 0.0}
     processing = {name: options.pop(name) for name in list(options) if name.endswith("processing_class")}
-    return LRECTrainer(
+    return DistillationTrainer(
         model,
-        LRECTrainingArguments(output_dir=directory, max_steps=steps, **{**defaults, **options}),
+        DistillationTrainingArguments(output_dir=directory, max_steps=steps, **{**defaults, **options}),
         teacher=teacher,
         train_dataset=texts() if data is None else data,
         eval_dataset=texts(seed=1, lengths=(8,) * 4) if evaluation is None else evaluation,
@@ -442,14 +442,16 @@ def test_outputs_that_are_asked_for_are_logits(two_bits, tmp_path):
 
 
 def test_arguments_round_trip_through_json(tmp_path):
-    args = LRECTrainingArguments(
+    args = DistillationTrainingArguments(
         output_dir=str(tmp_path), kl_weight=0.5, ce_weight=0.02, hidden_weight=1.0, temperature=2.0, use_cpu=True
     )
     read = json.loads(args.to_json_string())
-    again = LRECTrainingArguments(output_dir=str(tmp_path), **{n: read[n] for n in read if n.endswith("_weight")})
+    again = DistillationTrainingArguments(
+        output_dir=str(tmp_path), **{n: read[n] for n in read if n.endswith("_weight")}
+    )
     assert (again.kl_weight, again.ce_weight, again.hidden_weight) == (0.5, 0.02, 1.0)
     assert read["temperature"] == 2.0
-    defaults = LRECTrainingArguments(output_dir=str(tmp_path))
+    defaults = DistillationTrainingArguments(output_dir=str(tmp_path))
     assert (defaults.kl_weight, defaults.ce_weight, defaults.hidden_weight, defaults.temperature) == (1, 0, 0, 1)
 
 
@@ -466,7 +468,7 @@ def test_arguments_round_trip_through_json(tmp_path):
 )
 def test_bad_arguments(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        LRECTrainingArguments(output_dir=str(tmp_path), **options)
+        DistillationTrainingArguments(output_dir=str(tmp_path), **options)
 
 
 class Tokenizer:
@@ -553,14 +555,14 @@ class TestBadInput:
             trainer(model, tmp_path, None)
         with pytest.raises(ValueError, match="is GPTQ-quantized itself"):
             trainer(model, tmp_path, load(two_bits, bits=2))
-        with pytest.raises(TypeError, match="`args` is a TrainingArguments: use LRECTrainingArguments"):
-            LRECTrainer(model, TrainingArguments(**plain_arguments(tmp_path)), teacher=float_llama())
-        args = LRECTrainingArguments(**plain_arguments(tmp_path))
+        with pytest.raises(TypeError, match="`args` is a TrainingArguments: use DistillationTrainingArguments"):
+            DistillationTrainer(model, TrainingArguments(**plain_arguments(tmp_path)), teacher=float_llama())
+        args = DistillationTrainingArguments(**plain_arguments(tmp_path))
         with pytest.raises(ValueError, match="`compute_loss_func` would replace"):
-            LRECTrainer(model, args, teacher=float_llama(), compute_loss_func=lambda *_, **__: 0)
+            DistillationTrainer(model, args, teacher=float_llama(), compute_loss_func=lambda *_, **__: 0)
 
     def test_several_gpus_in_one_process(self, two_bits, tmp_path, monkeypatch):
-        monkeypatch.setattr(LRECTrainingArguments, "n_gpu", 2)
+        monkeypatch.setattr(DistillationTrainingArguments, "n_gpu", 2)
         model = adapted(two_bits)
         model.is_parallelizable = model.model_parallel = False
         with pytest.raises(ValueError, match="One process would use 2 GPUs"):

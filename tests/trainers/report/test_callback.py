@@ -12,7 +12,7 @@ from quick_training import SETTINGS, sequences
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from peft_quant import LRECConfig, LRECTrainer, LRECTrainingArguments, PEQAConfig, ReportCallback
+from peft_quant import DistillationTrainer, DistillationTrainingArguments, LRECConfig, PEQAConfig, ReportCallback
 
 
 PROMPTS = ["w5 w6 w7", "w40 w41 w42"]
@@ -136,8 +136,8 @@ class TestContent:
             checkpoint,
             tmp_path,
             LRECConfig(task_type="CAUSAL_LM", r=4),
-            trainer_class=LRECTrainer,
-            arguments_class=LRECTrainingArguments,
+            trainer_class=DistillationTrainer,
+            arguments_class=DistillationTrainingArguments,
             teacher=float_llama(),
             eval_strategy="steps",
             eval_steps=2,
