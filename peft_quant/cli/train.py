@@ -81,23 +81,20 @@ def train(
     prepare()
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from .. import (
-        DistillationTrainer,
-        DistillationTrainingArguments,
-        LRECConfig,
-        PEQAConfig,
-        QFTConfig,
-        QFTTrainer,
-        QFTTrainingArguments,
-    )
+    import peft_quant
+
     from ..evaluation.loading import load_tokenizer
     from ..evaluation.text import read_texts, spread, token_windows
 
     classes: dict[str, tuple[Any, Any, Any]] = {
-        "peqa": (PEQAConfig, TrainingArguments, Trainer),
-        "lrec": (LRECConfig, TrainingArguments, Trainer),
-        "distillation": (LRECConfig, DistillationTrainingArguments, DistillationTrainer),
-        "qft": (QFTConfig, QFTTrainingArguments, QFTTrainer),
+        "peqa": (peft_quant.PEQAConfig, TrainingArguments, Trainer),
+        "lrec": (peft_quant.LRECConfig, TrainingArguments, Trainer),
+        "distillation": (
+            peft_quant.LRECConfig,
+            peft_quant.DistillationTrainingArguments,
+            peft_quant.DistillationTrainer,
+        ),
+        "qft": (peft_quant.QFTConfig, peft_quant.QFTTrainingArguments, peft_quant.QFTTrainer),
     }
     config_class, arguments_class, trainer_class = classes["distillation" if teacher else method]
     of_config, of_arguments = parse_fields(ctx, config_class, arguments_class)
