@@ -68,8 +68,8 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"temperature={self.temperature}: use a positive number.")
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported by DistillationTrainer's loss: "
-                "leave it at 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported by DistillationTrainer's "
+                "loss: leave it at 0."
             )
 
 
