@@ -57,13 +57,15 @@ def estimate_qft(
         return Subject(twin, gpu, vocabulary, lion)
 
     gpu = AsOnAGpu(autocast)
-    try:
-        if inputs is None:
-            raise ValueError("the inputs are not known before the first step")
-        counted = subject(_same_model(model, parameters, buffers, gpu if checkpointing else None), gpu).train(inputs)
-    except Exception as error:  # of code of any model, on tensors that it was not written for
-        logger.info("The peak of a training step is not estimated: %s: %s", type(error).__name__, error)
-        counted = subject(_holding(known.values()), gpu).states()
+    with torch.random.fork_rng(devices=[]):  # models with LayerDrop draw random numbers on the CPU
+        try:
+            if inputs is None:
+                raise ValueError("the inputs are not known before the first step")
+            twin = _same_model(model, parameters, buffers, gpu if checkpointing else None)
+            counted = subject(twin, gpu).train(inputs)
+        except Exception as error:  # of code of any model, on tensors that it was not written for
+            logger.info("The peak of a training step is not estimated: %s: %s", type(error).__name__, error)
+            counted = subject(_holding(known.values()), gpu).states()
     method = "qft-fused" if fused else "qft-stack"
     precision_of = precisions(method, dtype=dtype_name(model.dtype), state_bits=state_bits)
     return make_report(counted, sum(p.numel() for p in model.parameters()), precision_of)
