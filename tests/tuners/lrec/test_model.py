@@ -41,9 +41,9 @@ class TestForward:
     @pytest.mark.parametrize("training", (False, True))
     def test_a_whole_model_compiles_without_graph_breaks(self, model, input_ids, training):
         tuned = adapt(model, lora_dropout=0.1)
-        model.model.layers = model.model.layers[:1]
         tuned.add_adapter("other", config(r=2, init_lora_weights=False))
         tuned.base_model.set_adapter(["default", "other"])
+        model.model.layers = model.model.layers[:1]
         expected = logits(tuned, input_ids)
         with torch._dynamo.config.patch(disable=False):
             compiled = torch.compile(tuned.train(training), fullgraph=True, backend="aot_eager")
