@@ -1,7 +1,7 @@
 """The command line: `peft-quant`, `python -m peft_quant`, `accelerate launch -m peft_quant`.
 
-A command is a function in the file of its name; what it does is done by the library. Files here import nothing but the
-standard library and typer at their top, so that `--help` answers at once.
+Each command is a function in the file of the same name and leaves the work to the library. At the top, files here
+import only the standard library and typer, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ app.command("inspect")(inspect.inspect)
 app.command("card")(card.card)
 app.command("env")(env.env)
 
-_INTERRUPTED = 130  # what typer exits with after Ctrl-C
+_INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,10 +60,10 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all is well, 1 after an error, 2 if it was used wrongly, 130 after Ctrl-C.
+    """Run the command line and exit: 0 on success, 1 after an error, 2 for wrong usage, 130 after Ctrl-C.
 
     Args:
-        arguments: of the command line; those of this process by default.
+        arguments: command-line arguments; by default, those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["correct"]:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PEFT_QUANT_DEBUG"):
             raise
-        # an error made to be read explains itself; of another one the type may be all that does
+        # messages of these errors are complete; those of others may need the type
         name = (
             "" if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) else f"{type(error).__name__}: "
         )

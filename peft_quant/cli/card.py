@@ -16,30 +16,30 @@ Texts = list[str] | None
 
 
 def card(
-    directory: Annotated[Path, typer.Argument(help="Of an adapter, a merged checkpoint or a model trained in int8.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of an adapter, a merged checkpoint or an int8 model.")],
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base, if the adapter does not name one.")
     ] = None,
     repository: Annotated[str | None, typer.Option(help="Hub id of this model, for the snippets.")] = None,
-    license: Annotated[str | None, typer.Option(help="As the Hub spells it, for instance apache-2.0.")] = None,
-    language: Annotated[Texts, typer.Option(help="Code of a language; may be repeated.")] = None,
-    datasets: Annotated[Texts, typer.Option(help="Hub id of what was trained on; may be repeated.")] = None,
-    tags: Annotated[Texts, typer.Option("--tag", help="A further tag; may be repeated.")] = None,
+    license: Annotated[str | None, typer.Option(help="License, as the Hub spells it, such as apache-2.0.")] = None,
+    language: Annotated[Texts, typer.Option(help="Language code; may be repeated.")] = None,
+    datasets: Annotated[Texts, typer.Option(help="Hub id of a training data set; may be repeated.")] = None,
+    tags: Annotated[Texts, typer.Option("--tag", help="Additional tag; may be repeated.")] = None,
     settings: Annotated[
-        Texts, typer.Option("--setting", metavar="NAME=VALUE", help="Of the training; may be repeated.")
+        Texts, typer.Option("--setting", metavar="NAME=VALUE", help="Training setting; may be repeated.")
     ] = None,
     command: Annotated[str | None, typer.Option(help="The training command.")] = None,
     perplexity: Annotated[
-        Texts, typer.Option(metavar="TEXT=VALUE", help="Of this model on a text; may be repeated.")
+        Texts, typer.Option(metavar="TEXT=VALUE", help="Perplexity of this model on a text; may be repeated.")
     ] = None,
     compared_with: Annotated[
-        Texts, typer.Option(metavar="MODEL:TEXT=VALUE", help="Of another model on a text; may be repeated.")
+        Texts, typer.Option(metavar="MODEL:TEXT=VALUE", help="Perplexity of another model on a text; may be repeated.")
     ] = None,
     config: Config = None,
 ) -> None:
-    """Write a model card, or add to one, what only you know.
+    """Write a model card, or add facts that only you know to an existing one.
 
-    What you wrote in it stays, and so do facts added earlier, until the weights change.
+    Your own text is kept. So are facts added earlier, until the weights change.
     """
     prepare()
     from ..export.card import write_model_card

@@ -1,4 +1,4 @@
-"""What is printed: results on stdout, and neither twice by processes of one run nor among other packages' chatter."""
+"""Console output: printed once per run, and without the noise of other packages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import typer
 _CHATTER = {
     "TOKENIZERS_PARALLELISM": "false",
     "GPTQMODEL_DISABLE_GIL_WARNING": "1",
-    "GPTQMODEL_DISABLE_PACK_EXT": "1",  # or the first packing compiles C++ for a minute
+    "GPTQMODEL_DISABLE_PACK_EXT": "1",  # otherwise the first packing compiles C++ for a minute
 }
 
 
 def prepare() -> None:
-    """Register the methods, and switch off what other packages print at import. What loads models calls it first."""
+    """Register the methods and silence other packages; commands that load models call it first."""
     quiet()
     from .. import register_methods
 
@@ -27,25 +27,25 @@ def prepare() -> None:
 
 
 def quiet() -> None:
-    """Switch off what other packages print at import."""
+    """Silence what other packages print at import."""
     for name, value in _CHATTER.items():
         os.environ.setdefault(name, value)
     for name in ("torchao", "torch.utils._pytree", "torch.distributed.elastic", "optimum"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # which is how it is meant
+    warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # done on purpose
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with redirect_stdout(sys.stderr), suppress(ImportError):
-        from logbar import LogBar  # which gptqmodel brings
+        from logbar import LogBar  # a dependency of gptqmodel
 
         LogBar.shared().setLevel("ERROR")
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that `accelerate launch` started."""
+    """Whether this is the first of the processes that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line, once."""
+    """Print a line, from the first process only."""
     if is_first_process():
         typer.echo(text, err=error)

@@ -1,4 +1,4 @@
-"""What `train lrec --teacher` adds: the adapter's initialization, and the teacher or its cache."""
+"""Steps of `train lrec --teacher`: the adapter's initialization, and the teacher or its cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Start = Literal["zero", "svd", "whitened"]
 
 @dataclass
 class Distillation:
-    """Options of the command, and its training arguments."""
+    """Options of the command and its training arguments."""
 
     teacher: str
     start: Start
@@ -25,7 +25,7 @@ class Distillation:
     arguments: Any
 
     def student(self, model: str, config: Any, windows: Any, output: Path) -> Any:
-        """The model with its adapter as initialized, which is written to `output` unless it is there already."""
+        """The model with its initialized adapter, which is kept in `output/start`."""
         from peft import PeftModel
 
         from ..evaluation.loading import load_model
@@ -57,7 +57,7 @@ class Distillation:
             say(str(error), error=True)
 
     def teach(self, windows: Any, evaluated: Any, measured: Any) -> tuple[dict[str, Any], float | None]:
-        """The trainer's options for the teacher, and its perplexity on `measured`, if it had to be loaded."""
+        """The trainer's options for the teacher, and the teacher's perplexity on `measured` if it had to be loaded."""
         from accelerate.utils import release_memory
         from datasets import concatenate_datasets
         from torch.utils.data import DataLoader

@@ -34,7 +34,7 @@ _PACKAGES = (
 
 
 def env() -> None:
-    """Versions, device and threads, as a table for a bug report."""
+    """Print versions, device and threads as a table for a bug report."""
     quiet()
     typer.echo("| what | found |\n|---|---|")
     for name, value in _rows():

@@ -14,7 +14,7 @@ from .options import Config
 
 
 class Method(str, Enum):
-    """What trains, and on what."""
+    """What is trained, and the format of the frozen weights."""
 
     peqa = "peqa"
     lrec = "lrec"
@@ -32,32 +32,30 @@ def _read_bytes(text: str) -> int:
 
 
 def estimate(
-    model: Annotated[
-        str, typer.Argument(help="Directory, config.json or Hub id, of which nothing but the config is read.")
-    ],
+    model: Annotated[str, typer.Argument(help="Directory, config.json or Hub id; only the config is read.")],
     method: Annotated[
         list[Method],
         typer.Option(help="PEQA, LREC, QFT with gradients stacked or fused, LoRA on bf16 weights, QLoRA."),
     ] = list(Method),  # noqa: B006
     bits: Annotated[
-        int | None, typer.Option(help="Of GPTQ weights: 2, 3, 4 or 8. By default those of a GPTQ config, or 4.")
+        int | None, typer.Option(help="Per GPTQ weight: 2, 3, 4 or 8. Default: from a GPTQ config, else 4.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Of GPTQ weights, -1 for one group. By default that of a GPTQ config, or 128.")
+        int | None, typer.Option(help="Of GPTQ weights; -1: one group. Default: from a GPTQ config, else 128.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of lrec, lora and qlora.")] = 16,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Sequences in a forward pass.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of lrec, lora and qlora.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Sequences per forward pass.")] = 1,
     sequence: Annotated[
-        int, typer.Option("--sequence", "--sequence-length", min=1, help="Tokens of a sequence.")
+        int, typer.Option("--sequence", "--sequence-length", min=1, help="Tokens per sequence.")
     ] = 2048,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations in backward.")
     ] = True,
-    optimizer: Annotated[Literal["adamw", "adamw8bit"], typer.Option(help="Of adapters; QFT has its own.")] = "adamw",
+    optimizer: Annotated[Literal["adamw", "adamw8bit"], typer.Option(help="For adapters; QFT has its own.")] = "adamw",
     gpu_memory: Annotated[
         int | None,
         typer.Option(
-            metavar="GB", parser=_read_bytes, help="Memory of the GPU, as 24GB: also tell the largest batch that fits."
+            metavar="GB", parser=_read_bytes, help="GPU memory, such as 24GB: also print the largest batch that fits."
         ),
     ] = None,
     card: Annotated[
@@ -65,10 +63,10 @@ def estimate(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Will it fit? What a training step holds in memory, before anything is downloaded.
+    """Estimate the GPU memory of a training step, without downloading weights.
 
-    GB are 1e9 bytes, and the peak is that of tensors: the CUDA context, cuBLAS's workspace and what PyTorch keeps but
-    does not use come on top. A batch that fits 24GB leaves the rest of its 24 GiB to them.
+    A GB is 1e9 bytes. The peak is that of tensors: the CUDA context, cuBLAS's workspace and memory that PyTorch
+    reserves but does not use come on top. A batch that fits 24GB leaves them the rest of a card's 24 GiB.
     """
     if card is not None:
         say("--card is now --gpu-memory; --card goes with the next release", error=True)

@@ -14,7 +14,7 @@ from .options import TEXTS, Column, Config
 
 
 class Dtype(str, Enum):
-    """Of what is not quantized, and of the arithmetic."""
+    """Dtype of the arithmetic and of the weights that are not quantized."""
 
     fp32 = "fp32"
     fp16 = "fp16"
@@ -29,24 +29,24 @@ def evaluate(
             help="Float, GPTQ or int8 checkpoints, or adapters (on the base they name): directories or Hub ids.",
         ),
     ],
-    data: Annotated[str, typer.Option(help=f"What to evaluate on: {TEXTS}.")],
+    data: Annotated[str, typer.Option(help=f"Text to evaluate on: {TEXTS}.")],
     column: Column = "text",
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "test",
     dtype: Annotated[
         list[Dtype],
-        typer.Option(help="Arithmetic to evaluate in; several to compare: fp16 and bf16 are what engines serve in."),
+        typer.Option(help="Dtype to evaluate in; may be repeated. Engines serve in fp16 or bf16."),
     ] = [Dtype.fp32],  # noqa: B006
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     windows: Annotated[
-        int | None, typer.Option(min=1, help="Windows, spread evenly over the text; all of it by default.")
+        int | None, typer.Option(min=1, help="Number of windows, spread evenly over the text; all by default.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     config: Config = None,
 ) -> None:
-    """Perplexity of models, in fp32 or as they are served.
+    """Measure the perplexity of models, in fp32 or in the dtype they are served in.
 
-    GPTQ checkpoints are computed by gptqmodel's torch kernel, adapters by the layers they were trained with.
+    GPTQ checkpoints run on gptqmodel's torch kernel, adapters on the layers they were trained with.
     """
     prepare()
     import torch
@@ -55,7 +55,7 @@ def evaluate(
     from ..evaluation.perplexity import perplexity
     from ..evaluation.text import read_texts, token_windows
 
-    torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
+    torch._dynamo.config.disable = True  # otherwise gptqmodel compiles every layer at its first forward
     dtypes = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
     texts = read_texts(data, column, split)
     rows: list[dict[str, Any]] = []

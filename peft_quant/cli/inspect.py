@@ -18,21 +18,21 @@ def inspect(
         str, typer.Argument(metavar="PATH_OR_ID", help="GPTQ checkpoint or adapter: directory or Hub id.")
     ],
     base: Annotated[
-        str | None, typer.Option(help="GPTQ checkpoint of the adapter, to which its changes are relative.")
+        str | None, typer.Option(help="GPTQ checkpoint of the adapter; changes are shown relative to it.")
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="Another adapter, to put beside the first.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Another adapter to compare with.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="PNG to write: the changes of all layers as a heat map.")
+        Path | None, typer.Option(dir_okay=False, help="PNG file to write: a heat map of the changes of all layers.")
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="A row for every layer. Weights on the Hub are downloaded for it.")
+        bool, typer.Option("--layers", help="Print a row for every layer, which downloads weights from the Hub.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     config: Config = None,
 ) -> None:
-    """Say what a checkpoint or an adapter is, what serves it, and how far each layer moved.
+    """Describe a checkpoint or an adapter: its format, the engines that serve it, how far each layer moved.
 
-    Exits with 1 if it is damaged.
+    Exits with 1 if a checkpoint is damaged.
     """
     quiet()
     from .. import inspection

@@ -12,11 +12,11 @@ from .options import Config, PushToHub
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="GPTQ checkpoint that the adapter was trained on: directory or Hub id.")],
+    base: Annotated[str, typer.Argument(help="GPTQ checkpoint the adapter was trained on: directory or Hub id.")],
     adapter: Annotated[str, typer.Argument(help="PEQA adapter: directory or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be written, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print what would be written, but write nothing.")
     ] = False,
     push_to_hub: PushToHub = None,
     config: Config = None,

@@ -1,4 +1,4 @@
-"""Options that commands share, `--config`, and fields of the library's configurations as options."""
+"""Options that several commands share, `--config`, and configuration fields as options."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import typer
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Settings of a command whose other options are for [`parse_fields`]."""
+"""Settings of a command that leaves unknown options to [`parse_fields`]."""
 
 _META = "peft_quant.config"
-_FILLED_IN = {"base_fingerprint", "base_quantization", "peft_quant_version", "runtime_config"}  # by the library
+_FILLED_IN = {"base_fingerprint", "base_quantization", "peft_quant_version", "runtime_config"}  # set by the library
 
 
 def _read_config(ctx: typer.Context, file: Path | None) -> Path | None:
-    """Make the keys of a YAML file defaults of the command's options; other keys are for [`parse_fields`].
+    """Use the keys of a YAML file as defaults of the command's options; other keys are left to [`parse_fields`].
 
     Raises:
         typer.BadParameter: not a YAML mapping, or an unknown key.
@@ -57,7 +57,7 @@ def _read_yaml(text: str | bytes, what: str) -> Any:
 
 
 def _pairs(mapping: dict[Any, Any]) -> list[str]:
-    """`NAME=VALUE` of every entry, as options take them; `OUTER:NAME=VALUE` of mappings of mappings."""
+    """Entries as options take them: `NAME=VALUE`, or `OUTER:NAME=VALUE` for nested mappings."""
     pairs = []
     for name, value in mapping.items():
         pairs += [f"{name}:{pair}" for pair in _pairs(value)] if isinstance(value, dict) else [f"{name}={value}"]
@@ -67,16 +67,16 @@ def _pairs(mapping: dict[Any, Any]) -> list[str]:
 def parse_fields(
     ctx: typer.Context, config_class: type[Any], arguments_class: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a method's config and of its training arguments that were given, in `--config` or beside it.
+    """Parse the fields of a method's config and training arguments from the command line and the `--config` file.
 
-    Training arguments are parsed by transformers' `HfArgumentParser`. Of PEFT's configs, whose types it cannot parse,
-    every value is read as YAML: `--r 16`, `--target_modules '[q_proj, v_proj]'`, `--rank_pattern '{q_proj: 8}'`.
+    Training arguments are parsed by transformers' `HfArgumentParser`. It cannot parse the types of PEFT's configs, so
+    their values are read as YAML: `--r 16`, `--target_modules '[q_proj, v_proj]'`, `--rank_pattern '{q_proj: 8}'`.
 
     Returns:
-        Values by name, of the config and of the arguments.
+        Two dictionaries of values by name: the config's and the training arguments'.
 
     Raises:
-        typer.BadParameter: an unknown option, or a value of another type.
+        typer.BadParameter: an unknown option, or a value of the wrong type.
     """
     from peft import PeftConfig
     from transformers import HfArgumentParser
@@ -125,7 +125,7 @@ def _field_value(text: str) -> Any:
     value = _read_yaml(text, repr(text))
     if isinstance(value, str):
         with suppress(ValueError):
-            return float(value)  # YAML 1.1 takes 3e-4 for a string
+            return float(value)  # YAML 1.1 reads 3e-4 as a string
     return value
 
 
@@ -133,7 +133,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="YAML file of options, by their names; those on the command line win.",
+        help="YAML file of options by name; the command line takes precedence.",
         is_eager=True,
         exists=True,
         dir_okay=False,
@@ -141,7 +141,7 @@ Config = Annotated[
     ),
 ]
 
-Column = Annotated[str, typer.Option(help="Column of the texts, of a data set or a JSON, CSV or Parquet file.")]
+Column = Annotated[str, typer.Option(help="Text column of a data set or of a JSON, CSV or Parquet file.")]
 Split = Annotated[str, typer.Option(help="Split of a data set, for instance 'train[:10%]'.")]
-PushToHub = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Push the result to the Hub, under this id.")]
+PushToHub = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Push the result to the Hub under this id.")]
 TEXTS = "text file, JSON lines, CSV, Parquet, directory, or Hub id (user/data, user/data:config)"

@@ -14,23 +14,23 @@ from .options import TEXTS, Column, Config, Split
 def quantize(
     model: Annotated[str, typer.Argument(help="Float model, with its tokenizer: directory or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
-    calibration: Annotated[str, typer.Option(help=f"Text like that the model is for: {TEXTS}.")],
+    calibration: Annotated[str, typer.Option(help=f"Text like what the model will be used on: {TEXTS}.")],
     column: Column = "text",
     split: Split = "train",
-    samples: Annotated[int, typer.Option(min=1, help="Windows of the text to calibrate on, spread evenly.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Windows to calibrate on, spread evenly over the text.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[
         int, typer.Option(help="In-features that share a scale; -1 for one scale per output channel.")
     ] = 128,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Zero points of their own (gptq_v2 format).")
+        bool, typer.Option("--asymmetric", help="Give each group its own zero point (gptq_v2 format).")
     ] = False,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="Columns by decreasing activation (desc_act).")
+        bool, typer.Option("--act-order", help="Quantize columns by decreasing activation (desc_act).")
     ] = False,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Name or ending of layers to leave in float; may be given again.")
+        list[str] | None, typer.Option(help="Name or name suffix of layers to leave in float; may be repeated.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the layers in OUT.unfinished; repeat the other options.")
@@ -39,10 +39,10 @@ def quantize(
 ) -> None:
     """Quantize a float model to a GPTQ checkpoint.
 
-    transformers, optimum and gptqmodel do it, with the float model in memory in fp32.
+    Uses transformers, optimum and gptqmodel, with the float model in memory in fp32.
 
-    Until OUT is complete, finished layers are kept in OUT.unfinished, about one byte a weight. After Ctrl-C, the same
-    command with --resume resumes there.
+    Until OUT is complete, finished layers are kept in OUT.unfinished, about one byte per weight. After Ctrl-C, repeat
+    the command with --resume.
     """
     prepare()
     import torch
@@ -62,7 +62,7 @@ def quantize(
             raise FileNotFoundError(f"{state} does not exist, so there is nothing to resume: leave out --resume.")
         done, layers = count_finished(state)
         say(f"resuming from {state}, which has {done} of {layers} layers")
-    torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
+    torch._dynamo.config.disable = True  # otherwise gptqmodel compiles every layer at its first forward
     tokenizer = load_tokenizer(model)
     windows = token_windows(read_texts(calibration, column, split), tokenizer, sequence_length, samples)
     try:

@@ -19,41 +19,41 @@ def train(
         Literal["peqa", "lrec", "qft"],
         typer.Argument(help="peqa: scales of a GPTQ model; lrec: low-rank adapter; qft: everything, in int8."),
     ],
-    model: Annotated[str, typer.Option(help="GPTQ checkpoint, for qft also a float one: directory or Hub id.")],
+    model: Annotated[str, typer.Option(help="GPTQ checkpoint (qft: also float or int8): directory or Hub id.")],
     data: Annotated[str, typer.Option(help=f"Text to train on: {TEXTS}.")],
     output: Annotated[
         Path,
-        typer.Option("--output", "--output-dir", help="Directory for the result and, until then, for checkpoints."),
+        typer.Option("--output", "--output-dir", help="Directory for the result and for checkpoints."),
     ],
     teacher: Annotated[
         str | None,
-        typer.Option(help="For lrec: the float model to distill into the adapter: directory or Hub id."),
+        typer.Option(help="Float model to distill into an lrec adapter: directory or Hub id."),
     ] = None,
     start: Annotated[
         Start,
         typer.Option(
-            help="Initialization of the adapter: least error of outputs (whitened) or of weights (svd), or zero."
+            help="Initialization of the adapter: minimizes the error of outputs (whitened) or weights (svd), or zero."
         ),
     ] = "whitened",
     calibration_windows: Annotated[
-        int, typer.Option(min=2, help="Windows of --data to measure the error of outputs on.")
+        int, typer.Option(min=2, help="Windows of --data on which output errors are measured.")
     ] = 128,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Directory for the teacher's log-probabilities, which are computed once."),
+        typer.Option(help="Directory to cache the teacher's log-probabilities in."),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Log-probabilities of each token in --cache.")] = 64,
+    top_k: Annotated[int, typer.Option(min=1, help="Log-probabilities per token in --cache.")] = 64,
     column: Column = "text",
     split: Split = "train",
     eval_data: Annotated[
-        str | None, typer.Option(help="Text to measure perplexity on, instead of the last part of --data.")
+        str | None, typer.Option(help="Text to measure perplexity on; by default, the held-out part of --data.")
     ] = None,
     held_out: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="Share of --data, its last part, to measure perplexity on; 0 for none."),
+        typer.Option(min=0, max=0.9, help="Fraction at the end of --data to measure perplexity on; 0 for none."),
     ] = 0.1,
     eval_windows: Annotated[int, typer.Option(min=1, help="Maximum number of windows to measure perplexity on.")] = 64,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a window; the text is cut into these.")] = 512,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window that the text is cut into.")] = 512,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last checkpoint in --output; repeat the other options.")
     ] = False,
@@ -63,14 +63,14 @@ def train(
     """Fine-tune a model on text; METHOD comes first.
 
     Every field of the method's config (PEQAConfig, LRECConfig, QFTConfig) and of its training arguments (transformers'
-    TrainingArguments, for qft QFTTrainingArguments, with --teacher DistillationTrainingArguments) is an option too,
-    under its own name: --r 16 --learning_rate 3e-4 --max_steps 40. Lists and mappings of a config are written as
-    YAML: --target_modules '[q_proj, v_proj]'.
+    TrainingArguments; QFTTrainingArguments for qft; DistillationTrainingArguments with --teacher) is also an option
+    of the same name: --r 16 --learning_rate 3e-4 --max_steps 40. Lists and mappings of a config are written as YAML:
+    --target_modules '[q_proj, v_proj]'.
 
     With --teacher, an LREC adapter is trained to match the next-token distribution of the float model. The errors of
-    every layer before and after its initialization are in layer_errors.md and layer_errors.png.
+    each layer before and after initialization are written to layer_errors.md and layer_errors.png.
 
-    Ctrl-C writes a checkpoint after the current step; the same command with --resume resumes there.
+    Ctrl-C writes a checkpoint after the current step; repeat the command with --resume to continue.
     """
     if teacher is not None and method != "lrec":
         raise typer.BadParameter(f"--teacher is for lrec, not for {method}: leave it out.")

@@ -1,4 +1,4 @@
-"""Steps of `train`: its texts, a run that may be interrupted, and its card."""
+"""Steps of `train`: preparing the output and the text, an interruptible run, and the model card."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def open_output(output: Path, resume: bool) -> str | None:
-    """The checkpoint to resume from, if there is one and it is wanted.
+    """The checkpoint to resume from; None if there is none or `resume` is False.
 
     Raises:
-        FileExistsError: there is something in the directory, and it is not to be resumed.
-        FileNotFoundError: there is nothing to resume.
+        FileExistsError: the directory is not empty and `resume` is False.
+        FileNotFoundError: `resume` is True and the directory does not exist.
     """
     from ..trainers.interrupt import last_complete_checkpoint
 
@@ -37,7 +37,11 @@ def open_output(output: Path, resume: bool) -> str | None:
 
 
 def hold_out(windows: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Windows to train on, and the last ones, to measure perplexity on."""
+    """Split off the last windows, at least one, to measure perplexity on.
+
+    Raises:
+        ValueError: no window is left to train on.
+    """
     kept = len(windows) - max(1, int(len(windows) * share))
     if not kept:
         raise ValueError(
@@ -48,7 +52,11 @@ def hold_out(windows: Dataset, share: float) -> tuple[Dataset, Dataset]:
 
 
 def with_adapter(model: str, config: Any, arguments: TrainingArguments) -> Any:
-    """A GPTQ checkpoint with a new adapter."""
+    """Load a GPTQ checkpoint and add a new adapter.
+
+    Raises:
+        ValueError: the model is not a GPTQ checkpoint.
+    """
     from peft import get_peft_model
 
     from ..evaluation.loading import load_model, quantization_of
@@ -83,7 +91,7 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
     """Train, write the report, and save the result.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once there is a checkpoint.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
     from .. import ReportCallback
     from ..trainers.interrupt import SaveOnInterrupt
@@ -104,13 +112,14 @@ def run(trainer: Trainer, checkpoint: str | None, output: Path) -> None:
 def finish(
     trainer: Trainer, command: str, options: dict[str, Any], eval_data: str | None, rows: dict[str, float | None]
 ) -> None:
-    """Print the perplexities, write the card, push if that was asked for, and leave the process group.
+    """Print perplexities, write the model card, push to the Hub if requested, and leave the process group.
 
     Args:
         trainer: after training.
-        command: and its `options`, by name, for the card.
-        eval_data: the text of the perplexities, if it was not a part of that to train on.
-        rows: perplexity by the name of the model, the trained one last; None if it was not measured.
+        command: name of the command, for the card.
+        options: the command's options by name, for the card.
+        eval_data: the text perplexity was measured on; None for the held-out part of the training text.
+        rows: perplexity by model name, the trained model last; None if it was not measured.
     """
     shown = {name: _without_directory(value) for name, value in options.items()}
     text = _without_directory(eval_data) if eval_data else f"{shown['data']}, held-out part"
@@ -134,7 +143,7 @@ def finish(
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         say(f"pushed to {trainer.hub_model_id}")
-    trainer.accelerator.end_training()  # whose threads may abort a process that ends before them
+    trainer.accelerator.end_training()  # its threads may abort a process that exits before them
 
 
 def _as_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Will it fit? The memory of a training run, counted on a model without values."""
+"""Estimates of the GPU memory of a training step, counted on the meta device."""
 
 from .count import KINDS
 from .from_config import Estimate, estimate_memory, read_config

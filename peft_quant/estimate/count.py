@@ -1,7 +1,7 @@
-"""Counting what is alive while a model trains on tensors without data, as if they were on a GPU.
+"""Counting the live tensors of a training step on the meta device, as if it ran on a GPU.
 
-Tensors of the meta device have shapes, dtypes and lifetimes, and autograd runs on them; only what depends on the
-device has to be said here: which attention runs, what autocast casts, and what kernels allocate while they run.
+Meta tensors have shapes, dtypes and lifetimes, and autograd runs on them. This module adds what depends on the device:
+which attention kernel runs, what autocast casts, and what kernels allocate while they run.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ KINDS = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, DECO
 STATES = (WEIGHTS, SCALES, REST, ADAPTER, GRADIENTS, OPTIMIZER)
 AFTER_BACKWARD = "after backward"
 
-_ALLOCATION = 512  # bytes; PyTorch's CUDA allocator rounds up to a multiple
-_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # of the gradient of scales, in `ops/packed/triton.py`
+_ALLOCATION = 512  # bytes; PyTorch's CUDA allocator rounds up to a multiple of it
+_TILE_ROWS, _PRODUCT_ROWS = 128, 4096  # block sizes of the scale gradient in `ops/packed/triton.py`
 
 Amounts = dict[str, tuple[int, int]]
-"""Bytes and values of each kind."""
+"""Bytes and number of values of each kind."""
 
 
 class Shapes:
-    """Runs operators; a repeated call with such arguments only makes tensors like the results.
+    """Runs operators on meta tensors and caches the shapes of their results.
 
-    This is several times faster than how PyTorch finds their shapes.
+    A repeated call with arguments of the same shapes only creates empty tensors, which is several times faster than
+    PyTorch's shape inference.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class _TensorSpec(NamedTuple):
 
 
 def _signature(value: Any) -> Any:
-    """What decides about the shapes of results; types too, for `1 == 1.0 == True`."""
+    """The cache key of an argument. It includes the type of plain values, because `1 == 1.0 == True`."""
     if isinstance(value, torch.Tensor):
         return _TensorSpec(value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, (tuple, list)):
@@ -98,15 +99,16 @@ def _like(signature: Any) -> Any:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the tensors that live while it is on, by kind, and the most there were at once in each stretch of time.
+    """Counts live tensors by kind while it is active, and records the peak of each interval between two events.
 
     Args:
-        tokens: of a batch; tensors of so many rows, as wide as the vocabulary, are logits or their gradients.
-        vocabulary: that width.
-        shapes: what is known of results.
+        tokens: number of tokens in the batch. Tensors with `tokens * vocabulary` values whose last dimension is the
+            vocabulary are counted as logits.
+        vocabulary: size of the vocabulary.
+        shapes: cached shapes of results.
 
     Attributes:
-        peaks: the amounts at the moment of each stretch in which most bytes were alive, by the event that ended it.
+        peaks: amounts at the peak of each interval, by the event that ended the interval.
     """
 
     def __init__(self, tokens: int, vocabulary: int, shapes: Shapes) -> None:
@@ -122,12 +124,12 @@ class LiveTensors(TorchDispatchMode):
         self._peak: Amounts = {}
 
     def hold(self, tensor: torch.Tensor, kind: str, values: int | None = None) -> None:
-        """Count a tensor, or call one of another kind that is counted already.
+        """Count a tensor, or change the kind of one that is already counted.
 
         Args:
             tensor: the tensor.
             kind: one of `KINDS`.
-            values: how many values it stands for, if that is not the number of its elements.
+            values: number of values it represents; by default, its number of elements.
         """
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -147,14 +149,14 @@ class LiveTensors(TorchDispatchMode):
             self._note()
 
     def mark(self, events: Iterable[Hashable]) -> None:
-        """End a stretch of time. Of several with the same event, the highest counts."""
+        """End an interval. Among intervals with the same event, the highest peak is kept."""
         for event in events:
             if event not in self.peaks or self._highest > total_bytes(self.peaks[event]):
                 self.peaks[event] = self._peak
         self._note()
 
     def amounts(self) -> Amounts:
-        """What lives now."""
+        """The amounts that are live now."""
         return {kind: (self._bytes[kind], self._values[kind]) for kind in KINDS}
 
     def _note(self, more: int = 0) -> None:
@@ -162,7 +164,7 @@ class LiveTensors(TorchDispatchMode):
         self._peak = self.amounts()
 
     def _within(self, more: int) -> None:
-        """Something that lives only within a kernel."""
+        """Count bytes that are live only within a kernel."""
         if self._total + more > self._highest:
             self._note(more)
             size, values = self._peak[ACTIVATIONS]
@@ -185,7 +187,7 @@ class LiveTensors(TorchDispatchMode):
         return LOGITS if is_logits else ACTIVATIONS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if Int8Weight in types:  # which asks for what it does with its parts
+        if Int8Weight in types:  # its own dispatch calls operators on its parts
             return NotImplemented
         kwargs = kwargs or {}
         if func in _AS_ON_A_GPU:
@@ -207,10 +209,10 @@ def total_bytes(amounts: Amounts) -> int:
 
 
 class AsOnAGpu(TorchFunctionMode):
-    """What PyTorch decides by the device: the kernel of attention, and with autocast, in which dtype functions run.
+    """Selects attention kernels and, with autocast, the dtypes of functions as PyTorch does on CUDA.
 
     Args:
-        autocast: whether autocast to bf16 is on, with its lists for CUDA.
+        autocast: whether autocast to bf16 is on, with the function lists of CUDA.
     """
 
     def __init__(self, autocast: bool) -> None:
@@ -221,7 +223,7 @@ class AsOnAGpu(TorchFunctionMode):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """A forward pass, until whose end autocast keeps what it casts of parameters."""
+        """Run a forward pass, during which autocast caches its casts of parameters."""
         self._caching = True
         try:
             with self:
@@ -246,7 +248,7 @@ class AsOnAGpu(TorchFunctionMode):
     def cast(self, value: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        if isinstance(value, Int8Weight):  # decodes in the dtype of what it is multiplied by
+        if isinstance(value, Int8Weight):  # is decoded to the dtype of the other operand
             return value
         if not (self._caching and isinstance(value, torch.nn.Parameter) and value.requires_grad):
             return value.to(dtype)
@@ -277,7 +279,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernels that CUDA has for bf16; the formula, which keeps all scores, where these do not apply."""
+    """CUDA's fused kernels where they apply, else the plain formula, which stores all scores."""
     half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     if attn_mask is None and half and width == value.shape[-1] <= 256 and width % 8 == 0:
         flash = aten._scaled_dot_product_flash_attention
@@ -295,9 +297,9 @@ def _attention(
 
 
 def _flash_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """Bytes that FlashAttention 2 (Dao, 2023, arXiv 2307.08691) holds in backward.
+    """Bytes of the workspace of FlashAttention 2 (Dao, 2023, arXiv 2307.08691) in backward.
 
-    The gradient of queries in fp32 and, where heads share keys and values, their gradients for each head.
+    It holds the gradient of the queries in fp32 and, where heads share keys and values, their gradients per head.
     """
     batch, heads, tokens, width = query.shape
     rows = batch * heads * (-(-tokens // 128) * 128)
@@ -306,7 +308,11 @@ def _flash_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def _value(tensor: torch.Tensor) -> bool:
-    """What code asks of values: whether there is no padding, and only one sequence in a row."""
+    """The answer when code reads a boolean: True, as for a batch without padding or packed sequences.
+
+    Raises:
+        NotImplementedError: the code reads another dtype.
+    """
     if tensor.dtype == torch.bool:
         return True
     raise NotImplementedError("what the model computes depends on its activations")
@@ -329,7 +335,7 @@ def _linear_grad_scales(
     tiles = -(-rows // min(group_size, _TILE_ROWS))
     sums = x.new_empty(tiles, columns, dtype=torch.float32)
     for first in range(0, rows, _PRODUCT_ROWS):
-        product = x[:, first : first + _PRODUCT_ROWS].t() @ dy  # noqa: F841  the last one lives until the next is there
+        product = x[:, first : first + _PRODUCT_ROWS].t() @ dy  # noqa: F841  each one lives until the next is computed
     return sums if tiles == len(qzeros) else sums.new_empty(len(qzeros), columns)
 
 
@@ -342,7 +348,7 @@ def _int8_linear_grad_x(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
     return dy @ ours.decode_weight(*weight, dy.dtype)
 
 
-# what the `triton.py` of `ops/packed` and `ops/int8` do
+# what the Triton kernels of `ops/packed` and `ops/int8` allocate
 _AS_ON_A_GPU = {
     ours.linear.default: _linear,
     ours.linear_grad_x.default: _linear_grad_x,

@@ -1,4 +1,4 @@
-"""The memory of a training step from a model's config alone."""
+"""Estimates the memory of a training step from a model's config alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subject import METHODS, OPTIMIZERS, planned_subject, text_batch
 
 
 _BITS, _GROUP_SIZE = 4, 128
-_LARGEST_PERIOD = 6  # of layers of several kinds
+_LARGEST_PERIOD = 6  # layers after which a pattern of layer types may repeat
 
 
 def estimate_memory(
@@ -30,46 +30,46 @@ def estimate_memory(
     checkpointing: bool = True,
     optimizer: str = "adamw",
 ) -> MemoryReport:
-    """What a training step holds in the memory of one GPU, before anything but a config is downloaded.
+    """Estimate the memory of a training step on one GPU from a model's config.
 
-    A model of the config's shapes, without values, runs forward and backward under the method, and every tensor is
-    counted while it lives, for any architecture of transformers. The step is that of a `Trainer` with `bf16=True`:
-    what is not quantized is bf16, adapters are fp32, the loss is the model's own, on all logits. Layers that are alike
-    are not all run: what further ones add is known from two depths.
+    The model runs forward and backward on the meta device, and every tensor is counted while it is live, so any
+    architecture of transformers works. The step is that of a `Trainer` with `bf16=True`: weights that are not
+    quantized are bf16, adapters are fp32, and the model computes its own loss on all logits. Only two depths are run;
+    the amounts at the full depth are extrapolated from them.
 
-    The total is the peak of what tensors hold, `torch.cuda.max_memory_allocated()`. The CUDA context, workspaces of
-    cuBLAS and what the allocator keeps but does not use come on top. `benchmarks/estimate.py` compares it with peaks
-    that were measured.
+    The total is the peak of tensors, as in `torch.cuda.max_memory_allocated()`. The CUDA context, cuBLAS workspaces
+    and memory that the allocator reserves but does not use come on top. `benchmarks/estimate.py` compares estimates
+    with measured peaks.
 
     Args:
         config: a config, its `config.json`, a directory with one, or the Hub id of a model.
-        method: what trains, and on what.
+        method: what is trained, and the format of the weights.
 
             | | weights of the blocks | trained |
             |---|---|---|
             | `"peqa"` | GPTQ | the scales |
-            | `"lrec"` | GPTQ | a low-rank branch |
-            | `"qft-stack"` | int8 with 1 % of outliers | all parameters, gradients in int8 |
+            | `"lrec"` | GPTQ | a low-rank adapter |
+            | `"qft-stack"` | int8 with 1 % outliers | all parameters, gradients in int8 |
             | `"qft-fused"` | the same | all parameters, each updated within backward |
             | `"lora"` | bf16 | PEFT's LoRA |
             | `"qlora"` | NF4 with double quantization | PEFT's LoRA |
 
-        bits: of a GPTQ weight: 2, 3, 4 or 8. By default what a GPTQ config says, else 4.
-        group_size: rows of a GPTQ weight that share a scale, -1 for all. By default what a GPTQ config says, else 128.
-        rank: of LREC, LoRA and QLoRA, on all linear layers of the blocks.
-        batch: sequences in one forward pass.
-        sequence: tokens of each.
+        bits: bits per GPTQ weight: 2, 3, 4 or 8. Default: from a GPTQ config, else 4.
+        group_size: rows of a GPTQ weight that share a scale, -1 for all. Default: from a GPTQ config, else 128.
+        rank: rank of LREC, LoRA and QLoRA, on all linear layers of the blocks.
+        batch: sequences per forward pass.
+        sequence: tokens per sequence.
         checkpointing: whether gradient checkpointing is on.
-        optimizer: `"adamw"`, or `"adamw8bit"` of bitsandbytes. QFT has its own.
+        optimizer: `"adamw"`, or `"adamw8bit"` from bitsandbytes. QFT has its own.
 
     Returns:
-        Its rows are weights, scales, the rest of the model, adapter, gradients and optimizer as they are between
-        backward and the optimizer's step, and activations, decoded weights and logits as they are at the peak.
+        A report with rows for weights, scales, the rest of the model, adapter, gradients and optimizer between
+        backward and the optimizer step, and for activations, decoded weights and logits at the peak.
 
     Raises:
-        ValueError: an unknown method or optimizer, a number out of range, or a model that cannot be counted: one that
-            is not a causal language model of transformers, or whose experts are one tensor.
-        OSError: there is no config.
+        ValueError: an unknown method or optimizer, a number out of range, or a model that cannot be counted: it is not
+            a causal language model of transformers, or stores its experts in one tensor.
+        OSError: the config was not found.
     """
     estimate = Estimate(
         config,
@@ -85,11 +85,11 @@ def estimate_memory(
 
 
 class Estimate:
-    """[`estimate_memory`] for several batches of one model and method; arguments as there.
+    """[`estimate_memory`] for several batch sizes of one model and method, with the same arguments.
 
     Attributes:
-        bits: of a weight of the blocks.
-        group_size: rows that share a scale of a GPTQ weight; None for other methods.
+        bits: bits per weight of the blocks.
+        group_size: rows of a GPTQ weight that share a scale; None for other methods.
     """
 
     def __init__(
@@ -135,20 +135,20 @@ class Estimate:
         self._counted: dict[int, dict[Hashable, Amounts]] = {}
 
     def report(self, batch: int = 1) -> MemoryReport:
-        """What a step with a batch of so many sequences holds."""
+        """Estimate a step with a batch of this many sequences."""
         bits = self.bits if self.group_size is not None else None
         return make_report(self._count(batch), self._parameters, precisions(self._method, self._optimizer, bits))
 
     def peak(self, batch: int = 1) -> int:
-        """Bytes: the report's total."""
+        """The peak in bytes, which is the report's total."""
         return max(total_bytes(amounts) for event, amounts in self._count(batch).items() if event != AFTER_BACKWARD)
 
     def largest_batch(self, memory: int) -> int:
-        """The most sequences whose peak is at most so many bytes; 0 if one does not fit."""
+        """The largest batch whose peak is at most `memory` bytes; 0 if one sequence does not fit."""
         if self.peak(1) > memory:
             return 0
-        # The peak is the highest of several straight lines, so that it grows at least as fast as it did, and between
-        # two batches is at most on the line through them.
+        # The peak is the maximum of several linear functions of the batch, so it is convex: between two batches it
+        # lies on or below the line through them, beyond them on or above it.
         fits, most = 1, self._on_line(1, 2, memory)
         guess = most
         while fits < most:
@@ -161,7 +161,7 @@ class Estimate:
         return fits
 
     def _on_line(self, low: int, high: int, memory: int) -> int:
-        """The batch that reaches so many bytes, on the line through two."""
+        """The batch at which the line through the peaks of `low` and `high` reaches `memory` bytes."""
         step = (self.peak(high) - self.peak(low)) / (high - low)
         return low + int((memory - self.peak(low)) / step)
 
@@ -176,7 +176,7 @@ class Estimate:
         return self._counted[batch]
 
     def _extrapolate(self, *counted: dict[Hashable, Amounts]) -> dict[Hashable, Amounts]:
-        """Amounts at the model's depth."""
+        """The amounts at the model's depth."""
         return {
             event: {
                 kind: (
@@ -189,7 +189,7 @@ class Estimate:
         }
 
     def _at_depth(self, shallow: int, deeper: int = 0) -> int:
-        """A number of the model, of which every further period adds as much as the one that was counted."""
+        """Extrapolate a number linearly from the two counted depths to the model's depth."""
         return shallow + (deeper - shallow) * self._further if self._further else shallow
 
 
@@ -199,17 +199,17 @@ def _require_positive(name: str, number: int) -> None:
 
 
 def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
-    """The config of a model: a `config.json`, a directory with one, or a Hub id, of which nothing else is downloaded.
+    """Read a model's config from a `config.json`, a directory with one, or the Hub, without downloading weights.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is of a model that transformers does not have.
+        OSError: the config was not found.
+        ValueError: transformers does not know the model type.
     """
     return AutoConfig.from_pretrained(os.fspath(source))
 
 
 def _text_config(config: PretrainedConfig | str | os.PathLike[str]) -> PretrainedConfig:
-    """A copy of its own."""
+    """A copy of the text model's config, with the quantization config."""
     if not isinstance(config, PretrainedConfig):
         config = read_config(config)
     text = copy.deepcopy(config.get_text_config())
@@ -230,7 +230,7 @@ def _layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
 
 
 def _period(config: PretrainedConfig) -> int:
-    """After so many layers the kinds of layers repeat; all of them if they do not soon."""
+    """The number of layers after which layer types repeat; the depth if it exceeds `_LARGEST_PERIOD`."""
     lists, depth = list(_layer_lists(config).values()), config.num_hidden_layers
     for period in range(1, min(_LARGEST_PERIOD, depth - 1) + 1):
         if all(values[period:] == values[:-period] for values in lists):

@@ -1,4 +1,4 @@
-"""The memory of a training step of a model that is there."""
+"""Estimates the memory of a QFT training step of a loaded model."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ def estimate_qft(
     checkpointing: bool = False,
     autocast: bool = False,
 ) -> MemoryReport:
-    """What a training step of QFT holds in the memory of one GPU, counted on a copy of the model without values.
+    """Estimate the memory of a QFT training step on one GPU, counted on a copy of the model on the meta device.
 
-    Where a step cannot be counted, as of experts that are chosen by values, the report has the states alone, and the
-    reason is logged.
+    If a step cannot be counted, for instance because experts are chosen by activation values, the report covers only
+    weights, gradients and optimizer state, and the reason is logged.
 
     Args:
-        model: with int8 weights.
-        inputs: what its forward pass is given, as tensors of the meta device; None if that is not known.
-        fused: as [`QFTTrainingArguments`] has it, like `state_bits` and `rounding`.
+        model: the model, with int8 weights.
+        inputs: inputs of its forward pass as meta tensors; None if they are unknown.
+        fused: as in [`QFTTrainingArguments`].
         state_bits: 8, or 32 for momentum in fp32.
-        rounding: of int8 weights.
+        rounding: how int8 weights are rounded, as in [`QFTTrainingArguments`].
         checkpointing: whether gradient checkpointing is on.
         autocast: whether autocast to bf16 is on.
+
+    Returns:
+        The report, with `peak_known` False if the step could not be counted.
     """
     known: dict[int, torch.Tensor] = {}
     parameters = {name: _without_values(p, known) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -63,7 +66,7 @@ def estimate_qft(
                 raise ValueError("the inputs are not known before the first step")
             twin = _same_model(model, parameters, buffers, gpu if checkpointing else None)
             counted = subject(twin, gpu).train(inputs)
-        except Exception as error:  # of code of any model, on tensors that it was not written for
+        except Exception as error:  # a model's own code may fail in any way on meta tensors
             logger.info("The peak of a training step is not estimated: %s: %s", type(error).__name__, error)
             counted = subject(_holding(known.values()), gpu).states()
     method = "qft-fused" if fused else "qft-stack"
@@ -72,7 +75,7 @@ def estimate_qft(
 
 
 def _holding(tensors: Iterable[torch.Tensor]) -> nn.Module:
-    """A module that has parameters and buffers, and nothing to compute."""
+    """A module that only holds these parameters and buffers."""
     module = nn.Module()
     for i, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
@@ -83,7 +86,7 @@ def _holding(tensors: Iterable[torch.Tensor]) -> nn.Module:
 
 
 def _without_values(tensor: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A tensor like it on the meta device; the same one for the same one."""
+    """The tensor on the meta device; shared tensors stay shared."""
     if id(tensor) not in known:
         empty = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -97,16 +100,16 @@ def _same_model(
     buffers: Mapping[str, torch.Tensor],
     checkpointing: AsOnAGpu | None,
 ) -> PreTrainedModel:
-    """A model that its config makes, with these tensors.
+    """Build the model from its config on the meta device, with these tensors.
 
     Raises:
-        ValueError: it would have other ones.
+        ValueError: the config makes a model with other tensor names.
     """
     config = copy.deepcopy(model.config)
     if config._attn_implementation != "eager":
-        config._attn_implementation = "sdpa"  # of whose kernels the memory is known
+        config._attn_implementation = "sdpa"  # the memory of its kernels is known
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights without values
+        warnings.simplefilter("ignore")  # warnings about weights without values
         twin = type(model)._from_config(config, dtype=model.dtype)
         if checkpointing is not None:
             enable_checkpointing(twin, checkpointing)

@@ -1,4 +1,4 @@
-"""Layers on the meta device in the place of a model's linear ones: the bytes of quantized weights, without values."""
+"""Quantized layers on the meta device, which replace a model's linear layers for counting."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NF4_BLOCK, _NF4_OUTER_BLOCK = 64, 256
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """In-features and out-features."""
+    """In-features and out-features of a linear layer."""
     rows, columns = layer.get_parameter("weight").shape
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
 
 
 class PackedLinear(nn.Module):
-    """A GPTQ layer, symmetric or not, in groups of consecutive rows.
+    """A GPTQ layer with groups of consecutive rows, symmetric or asymmetric.
 
     Raises:
-        ValueError: a number of bits, or of features, that GPTQ has no format for.
+        ValueError: GPTQ cannot pack this number of bits or features, or `group_size` is out of range.
     """
 
     def __init__(self, layer: nn.Module, name: str, bits: int, group_size: int) -> None:
@@ -53,9 +53,10 @@ class PackedLinear(nn.Module):
 
 
 class NF4Linear(nn.Module):
-    """QLoRA's layer in bitsandbytes (Dettmers et al., 2023, arXiv 2305.14314).
+    """The NF4 layer of QLoRA (Dettmers et al., 2023, arXiv 2305.14314) in bitsandbytes.
 
-    4-bit NormalFloat, with an 8-bit scale for 64 weights and an fp32 one for 256 of these (double quantization).
+    Weights are 4-bit NormalFloat with an 8-bit scale per 64 weights and an fp32 scale per 256 of those scales (double
+    quantization).
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -72,23 +73,23 @@ class NF4Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # decoded in forward and again in backward, as packed layers are, whatever the codes mean
+        # decoded in forward and again in backward, like GPTQ layers; the meaning of the codes does not matter here
         qweight, scale = self.get_buffer("qweight"), self.get_buffer("nested_offset")
         zeros, scales = qweight[:1, : self.out_features * 4 // WORD_BITS], scale.expand(1, self.out_features)
         weight = ops.PackedWeight(qweight, zeros, scales, None, 4, self.in_features, 0)
         y: Any = ops.linear(x.to(torch.bfloat16), weight).to(x.dtype)
-        return (y if self.bias is None else y + self.bias).clone()  # PEFT's layer copies it
+        return (y if self.bias is None else y + self.bias).clone()  # PEFT's layer clones its result
 
 
 class QLoraLinear(LoraLinear):
-    """PEFT's layer for bitsandbytes, which leaves the cast of the input to autocast."""
+    """PEFT's LoRA layer for bitsandbytes, which leaves casting the input to autocast."""
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         return x
 
 
 def int8_weight(layer: nn.Module, outlier_ratio: float) -> nn.Parameter:
-    """The layer's weight as QFT holds it."""
+    """The layer's weight as QFT stores it: int8 codes, row scales and outliers."""
     weight = layer.get_parameter("weight")
     rows, columns = weight.shape
     codes, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)

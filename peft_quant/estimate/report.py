@@ -1,4 +1,4 @@
-"""What a training run holds in memory, as a table."""
+"""The memory of a training step as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tables import text_table
 from . import count
 
 
-_FP32_ADAM = 16  # bytes a parameter: weight, gradient and two moments
+_FP32_ADAM = 16  # bytes per parameter: weight, gradient and two moments
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -20,11 +20,11 @@ class MemoryRow:
     """One kind of tensor.
 
     Attributes:
-        what: its name.
-        precision: how its values are held.
-        values: how many there are.
-        bytes: what they take, scales included.
-        state: whether it lasts from step to step (weights, gradients, momentum), or comes and goes within one.
+        what: name of the kind.
+        precision: format of the values.
+        values: number of values.
+        bytes: size in bytes, scales included.
+        state: whether it is a state of training (weights, gradients, momentum), not temporary within a step.
     """
 
     what: str
@@ -36,13 +36,13 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What is trained in which precision, and what it takes.
+    """The memory of a training step by kind of tensor, and its peak.
 
     Attributes:
-        rows: what there is.
-        parameters: number of the model's parameters, those tied counted once.
+        rows: one row per kind of tensor.
+        parameters: number of the model's parameters, tied ones counted once.
         apart: bytes of the rows that are not live at the peak.
-        peak_known: whether a step was counted; without it, the rows are those of the states alone.
+        peak_known: whether a step was counted; if not, the rows are the states alone.
     """
 
     rows: Sequence[MemoryRow]
@@ -57,7 +57,7 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes live at the peak, as estimated; of the states alone if the peak is not known."""
+        """Estimated bytes live at the peak; those of the states if the peak is not known."""
         return sum(row.bytes for row in self.rows) - self.apart
 
     @property
@@ -78,17 +78,17 @@ class MemoryReport:
 def make_report(
     peaks: Mapping[Hashable, count.Amounts], parameters: int, precision_of: Mapping[str, str]
 ) -> MemoryReport:
-    """The states as they are between backward and the optimizer's step, and the rest as it is at the peak.
+    """Report the states between backward and the optimizer step, and all other kinds at the peak.
 
     Args:
-        peaks: amounts by the event they were counted at, as `Subject.train` or `Subject.states` gives them.
-        parameters: number of the model's.
-        precision_of: how the values of each kind are held.
+        peaks: amounts by event, as returned by `Subject.train` or `Subject.states`.
+        parameters: number of the model's parameters.
+        precision_of: format of the values of each kind.
     """
     states = {kind: amount for kind, amount in peaks[count.AFTER_BACKWARD].items() if kind in count.STATES}
     counted = (amounts for event, amounts in peaks.items() if event != count.AFTER_BACKWARD)
     peak = max(counted, key=count.total_bytes, default=states)
-    # gradients come as activations go
+    # gradients appear while activations are freed, so their maximum may not be at the peak
     gradients = max(states[count.GRADIENTS], peak[count.GRADIENTS])
     amounts = {**peak, **states, count.GRADIENTS: gradients}
     rows = [
@@ -102,7 +102,7 @@ def make_report(
 def precisions(
     method: str, optimizer: str = "adamw", bits: int | None = None, dtype: str = "bf16", state_bits: int = 8
 ) -> dict[str, str]:
-    """How the values of each kind are held; `bits` are a GPTQ weight's, `state_bits` those of QFT's momentum."""
+    """The format of each kind's values; `bits` are those of GPTQ weights, `state_bits` those of QFT's momentum."""
     blocks, mixed = "int8, fp32 scale a block", "fp32" if dtype == "fp32" else f"{dtype}, fp32"
     weights, scales = {
         "lora": ("bf16", ""),

@@ -1,4 +1,4 @@
-"""What is counted: a model under a method, on the meta device, and one training step of it."""
+"""A model on the meta device, prepared for a training method, whose training step is counted."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ _SMALLEST_IN_8_BITS = 4096
 
 
 class Subject:
-    """A model without values, and what trains it.
+    """A model on the meta device and its optimizer.
 
     Args:
-        model: on the meta device.
-        gpu: the mode it runs in.
-        vocabulary: how wide its logits are.
+        model: the model, on the meta device.
+        gpu: the mode in which it runs.
+        vocabulary: size of the vocabulary, the width of its logits.
         optimizer: a `QuantizedLion` of the model's parameters, or one of `OPTIMIZERS`.
-        weights: the `id` of each weight that counts as one although it is a float.
-        edge: how many of the first and of the last decoder blocks are told apart from those between them.
+        weights: `id`s of float parameters to count as weights instead of as the rest of the model.
+        edge: number of first and of last decoder blocks that have events of their own; blocks in between have none.
     """
 
     def __init__(
@@ -80,10 +80,11 @@ class Subject:
         """Count a training step after the first one: forward, backward and optimizer.
 
         Args:
-            inputs: of the model, on the meta device; `input_ids` `[B, L]` among them.
+            inputs: inputs of the model on the meta device, with `input_ids` `[B, L]`.
 
         Returns:
-            The amounts at the peak of each stretch of the step, and what there is between backward and optimizer.
+            The amounts at the peak of each interval of the step, by the event that ends it, and, under
+            `AFTER_BACKWARD`, those between backward and the optimizer step.
         """
         self._live = live = LiveTensors(inputs["input_ids"].numel(), self._vocabulary, self._shapes)
         self._hold(live)
@@ -105,7 +106,7 @@ class Subject:
         return live.peaks
 
     def states(self) -> dict[Hashable, Amounts]:
-        """Count what QFT holds between backward and the optimizer's step, without a step."""
+        """Count QFT's states between backward and the optimizer step, without running a step."""
         live = LiveTensors(0, self._vocabulary, self._shapes)
         self._hold(live)
         with live:
@@ -136,7 +137,7 @@ class Subject:
             live.hold(state, OPTIMIZER)
 
     def _watch(self, blocks: list[nn.Module]) -> None:
-        """Have the blocks and the gradients end the stretches of time."""
+        """Register hooks by which blocks and gradients end intervals."""
         places = {id(p): (name, i) for i, block in enumerate(blocks) for name, p in block.named_parameters()}
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(self._ends([("block", *place) for place in self._places(i, len(blocks))]))
@@ -150,11 +151,11 @@ class Subject:
             parameter.register_post_accumulate_grad_hook(self._ends(events))
         if self._gpu.autocast:
             for module in self._model.modules():
-                if isinstance(module, AdaptedLinear):  # which asks autocast of a device that has none
+                if isinstance(module, AdaptedLinear):  # the meta device has no autocast
                     module.register_forward_pre_hook(lambda _, inputs: tuple(map(self._gpu.cast, inputs)))
 
     def _places(self, i: int, blocks: int) -> list[tuple[str, int]]:
-        """A block's, from the beginning and from the end, if it is near."""
+        """The positions of block `i` counted from the first and from the last, if less than `edge`."""
         places = (("first", i), ("last", blocks - 1 - i))
         return [place for place in places if place[1] < self._edge]
 
@@ -180,10 +181,10 @@ def planned_subject(
     checkpointing: bool,
     optimizer: str,
 ) -> tuple[Subject, int]:
-    """A config's model under a method, and the number of the model's own parameters; arguments as `Estimate`'s."""
+    """A config's model prepared for a method, and its number of parameters; arguments as in `Estimate`."""
     gpu = AsOnAGpu(autocast=not method.startswith("qft"))
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights without values
+        warnings.simplefilter("ignore")  # warnings about weights without values
         model = _float_model(config)
         parameters = sum(p.numel() for p in model.parameters())
         blocks = blocks_of_model(model)
@@ -200,7 +201,7 @@ def planned_subject(
 
 
 def text_batch(batch: int, sequence: int) -> dict[str, torch.Tensor]:
-    """So many sequences of so many tokens each, and their labels."""
+    """A batch on the meta device: `input_ids` and `labels`, `[batch, sequence]`."""
     tokens = torch.empty(batch, sequence, dtype=torch.long, device="meta")
     return {"input_ids": tokens, "labels": tokens}
 
@@ -219,7 +220,7 @@ def _float_model(config: PretrainedConfig) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):  # which goes on to name all that there are
+        if "Unrecognized configuration class" not in str(error):  # that message lists all known classes
             raise
         raise ValueError(
             f"transformers has no causal language model for a {type(config).__name__}; only these can be estimated."
@@ -272,7 +273,7 @@ def _adapt(model: Any, layers: dict[str, Any], method: str, bits: int, group_siz
 
 
 def _adam_states(parameter: torch.Tensor, optimizer: str) -> list[torch.Tensor]:
-    """PyTorch's fused AdamW, or bitsandbytes' in 8 bits, which leaves small tensors in fp32."""
+    """The states of PyTorch's fused AdamW, or of bitsandbytes' 8-bit AdamW, which keeps small tensors in fp32."""
     count = parameter.numel()
     with torch.device("meta"):
         if optimizer == "adamw":

@@ -1,7 +1,7 @@
-"""Model cards of adapters and checkpoints, from what their files say and what only the user knows.
+"""Model cards of adapters and checkpoints, generated from their files and from facts that the user adds.
 
-The text of `README.md` is generated between two marks, and the rest is the user's. `peft_quant_facts.json` beside it
-has the facts that it was generated from, a digest of the weights they are true of, and the generated front matter.
+In `README.md`, the text between two marks is generated; the rest is the user's. `peft_quant_facts.json` beside it
+holds the facts the text was generated from, a digest of the weights they describe, and the generated front matter.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FACTS = "peft_quant_facts.json"
 _MARK = "<!-- peft_quant:"
 _BEGIN = f"{_MARK} generated down to the end mark, and again at every save; your own text goes above or below -->"
 _END = f"{_MARK} end -->"
-# older cards have the record within the first mark
+# older cards store the record inside the first mark
 _GENERATED = re.compile(rf"{_MARK} generated [^\n>]*(?:\n(?P<record>{{[^\n]*}})\n)?-->.*?{_END}", re.DOTALL)
 
 _KINDS = {"PEQA": "peqa_adapter", "LREC": "lrec_adapter", "LORA": "lora_export"}
 _MERGED = "merged_gptq"
 _QFT = "qft"
 QFT = "QFT"
-"""The `method` in the facts of what QFT trained, in whatever format it was saved or exported."""
+"""The `method` in the facts of models trained by QFT, in any saved or exported format."""
 
 _TAGS = {
     "peqa_adapter": ["peqa", "gptq", "peft-quant"],
@@ -53,7 +53,7 @@ _TAGS = {
     _QFT: ["qft", "peft-quant"],
 }
 
-_TASKS = {  # of PEFT: the Hub's pipeline, the end of transformers' class
+_TASKS = {  # PEFT's task type: the Hub's pipeline, the suffix of transformers' class name
     "CAUSAL_LM": ("text-generation", "CausalLM"),
     "SEQ_CLS": ("text-classification", "SequenceClassification"),
     "TOKEN_CLS": ("token-classification", "TokenClassification"),
@@ -61,7 +61,7 @@ _TASKS = {  # of PEFT: the Hub's pipeline, the end of transformers' class
     "SEQ_2_SEQ_LM": (None, "Seq2SeqLM"),
 }
 
-_ROLES = (  # what the tensors of an adapter are, by their names
+_ROLES = (  # roles of tensors by their names
     ("scale deltas", re.compile(r"\.peqa_scales$")),
     ("low-rank matrices", re.compile(r"\.lora_(embedding_)?[AB]\b")),
     ("embeddings of single tokens", re.compile(r"\.trainable_tokens_delta$")),
@@ -99,32 +99,32 @@ def write_model_card(
     perplexity: Mapping[str, float] | None = None,
     compared_with: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Write or refresh the model card (`README.md`) of an adapter, a merged checkpoint or a model trained in int8.
+    """Write or update the model card (`README.md`) of an adapter, a merged checkpoint or an int8 model.
 
     `save_pretrained` and `push_to_hub` of PEQA and LREC models, QFTTrainer's saves, `merge_checkpoint` and the exports
-    do so by themselves; this adds what only you know. Facts are kept in `peft_quant_facts.json` for later saves, until
-    the weights change. Your own text around the generated part stays, and so does the metadata you changed; a card
-    without a generated part keeps its text and gets metadata only. What is not known is left out.
+    write a card automatically; this function adds facts that only you know. They are kept in `peft_quant_facts.json`
+    for later saves, until the weights change. Your own text around the generated part and metadata you changed are
+    kept. A card without a generated part keeps its text and gets metadata only. Unknown facts are left out.
 
     Args:
-        directory: of the adapter or of the checkpoint.
+        directory: directory of the adapter or checkpoint.
         base_model: Hub id of the GPTQ checkpoint, if the adapter does not name one. A local path is never written.
         repository: Hub id of this adapter or checkpoint, for the snippets.
-        license: as the Hub spells it, for instance `"apache-2.0"`.
-        language: code or codes.
-        datasets: Hub id or ids of what was trained on.
-        tags: further tags.
-        settings: of the training, by name.
+        license: license, as the Hub spells it, for instance `"apache-2.0"`.
+        language: language code or codes.
+        datasets: Hub id or ids of the training data.
+        tags: additional tags.
+        settings: training settings by name.
         command: the training command.
-        perplexity: of this model, by the name of the text.
-        compared_with: the same of other models, by the name of the model.
+        perplexity: perplexity of this model by text name.
+        compared_with: perplexities of other models, by model name and text name.
 
     Returns:
         The path of the card.
 
     Raises:
         FileNotFoundError: the directory has neither an `adapter_config.json` nor a `config.json`.
-        ValueError: the adapter is of another method, the checkpoint is not GPTQ, or the card there is not readable.
+        ValueError: the adapter is of another method, the checkpoint is not GPTQ, or the existing card is not readable.
     """
     facts = {"settings": settings, "command": command, "perplexity": perplexity, "compared_with": compared_with}
     metadata = {"license": license, "language": language, "datasets": datasets, "tags": tags}
@@ -142,20 +142,21 @@ def update_card(
     exported: bool = False,
     changed: Iterable[str] = (),
 ) -> Path:
-    """Write the card of a directory, in place of whatever card is there.
+    """Write the card of a directory, replacing an existing one.
 
     Args:
-        earlier: cards of the same model. The first one that a library did not write alone lends its text and metadata;
-            all of them lend facts, later ones first.
-        bases: Hub ids or paths of the base, preferred to what the adapter's configuration says.
+        directory: directory of the adapter or checkpoint.
+        earlier: cards of the same model. Text and metadata come from the first one that a user edited or peft_quant
+            wrote; facts come from all of them, and later cards take precedence.
+        bases: Hub ids or paths of the base, which take precedence over the adapter's configuration.
         repository: Hub id of the directory's model.
-        facts: what the files do not say; None for what is not known.
-        metadata: of the front matter, preferred to what is there; None for what is not known.
-        exported: a LoRA adapter in the directory was an LREC adapter.
-        changed: tensors of a merged checkpoint that are not its base's.
+        facts: facts that are not in the files; None for unknown ones.
+        metadata: front matter, which takes precedence over existing entries; None for unknown ones.
+        exported: whether a LoRA adapter in the directory was exported from an LREC adapter.
+        changed: tensors of a merged checkpoint that differ from the base's.
 
     Raises:
-        FileNotFoundError, ValueError: as [`write_model_card`] does.
+        FileNotFoundError, ValueError: as [`write_model_card`].
     """
     directory = Path(directory)
     file = _config_file(directory)
@@ -199,7 +200,7 @@ def update_card(
 
 @contextmanager
 def best_effort(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong with the card of a directory or repository into a warning: weights matter more."""
+    """Turn errors while writing a card into a warning, so that the weights are saved anyway."""
     try:
         yield
     except Exception as error:
@@ -207,7 +208,7 @@ def best_effort(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def inherited_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the card of a base says that is true of a checkpoint made from it: licence and language."""
+    """License and language from a base's card, which also hold for checkpoints made from it."""
     try:
         metadata = Card.read(directory).metadata
     except (OSError, ValueError):
@@ -216,20 +217,20 @@ def inherited_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str | None:
-    """What to call a model in public: its Hub id, or the name of its directory without the path to it."""
+    """A model's name for publication: its Hub id, or its directory's name without the path."""
     base = _Base.find(model)
     return base.hub_id or base.directory_name
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card, and what was recorded when it was generated.
+    """A card and the record of its generation.
 
     Attributes:
-        metadata: its front matter.
-        text: below that.
-        weights: digest of the weights that the facts are about.
-        facts: what the text was made of.
+        metadata: the front matter.
+        text: the text below the front matter.
+        weights: digest of the weights that the facts describe.
+        facts: the facts the text was generated from.
         generated: the front matter as it was generated.
     """
 
@@ -241,7 +242,7 @@ class Card:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Card:
-        """The card of a directory, an empty one if it has none.
+        """Read the card of a directory; an empty one if there is none.
 
         Raises:
             ValueError: one of the files is not readable.
@@ -253,7 +254,7 @@ class Card:
             if text.lstrip().startswith("---"):
                 card = ModelCard(text)
                 metadata, text = card.data.to_dict(), card.text
-        except Exception as error:  # YAML's errors and those of the metadata's own checks
+        except Exception as error:  # YAML errors and those of huggingface_hub's checks
             raise ValueError(f"{README} is not readable: {error}. Mend or remove it.") from error
         generated = _GENERATED.search(text)
         try:
@@ -267,26 +268,26 @@ class Card:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it was generated here, whatever a user made of it."""
+        """Whether peft_quant generated it, even if a user edited it since."""
         return bool(self.generated) or _MARK in self.text
 
     @property
     def is_stock(self) -> bool:
-        """Whether a library wrote all of the text, and nobody changed it."""
+        """Whether PEFT or transformers wrote all of the text and no user edited it."""
         if _OF_THE_TRAINER in self.text:
-            return self.text.count("More information needed") >= 3  # a user would begin by filling these in
+            return self.text.count("More information needed") >= 3  # an edited card has these filled in
         text = _OF_PEFT.sub("", _OF_TRANSFORMERS.sub("", self.text))
         return not text.strip() or text.split() == _template().split()
 
     def facts_about(self, weights: str | None, fingerprint: str | None) -> dict[str, Any]:
-        """The facts that are true of these weights, made from the base with this fingerprint."""
+        """The facts that hold for these weights on a base with this fingerprint."""
         facts = dict(self.facts)
         if weights != self.weights:
             facts = {name: fact for name, fact in facts.items() if name not in _OF_THE_WEIGHTS}
             if not fingerprint or facts.get("base_quantization", {}).get("fingerprint") != fingerprint:
                 facts.pop("base", None)
         training = self.text.partition("### Training hyperparameters")[2].partition("### Framework versions")[0]
-        if training and self.is_stock:  # the Trainer's
+        if training and self.is_stock:  # written by the Trainer
             found = {
                 "settings": dict(re.findall(r"^- (\w+): (.+)$", training, re.MULTILINE)),
                 "log": training.partition("### Training results")[2].strip(),
@@ -302,7 +303,7 @@ def _template() -> str:
 
 @dataclass(frozen=True)
 class _Base:
-    """The base model: Hub id and revision, as far as they are known, or else the name of its directory."""
+    """The base model: its Hub id and revision if known, otherwise the name of its directory."""
 
     hub_id: str | None = None
     revision: str | None = None
@@ -310,7 +311,7 @@ class _Base:
 
     @classmethod
     def find(cls, *names: Any) -> _Base:
-        """From the first name that is a Hub id, or from a path; a dictionary is a base found earlier."""
+        """From the first name that is a Hub id, otherwise from a path; a dictionary is a base recorded earlier."""
         directory_name = None
         for name in names:
             if isinstance(name, dict):
@@ -353,7 +354,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_file(directory: Path) -> Path:
-    """The configuration that a card is about: PEFT saves that of a named adapter one directory deeper."""
+    """The configuration of the card's model. PEFT saves a named adapter's one directory deeper."""
     candidates = [directory / "adapter_config.json", directory / "config.json"]
     candidates += sorted(directory.glob("*/adapter_config.json"))
     file = next((file for file in candidates if file.is_file()), None)
@@ -366,7 +367,7 @@ def _config_file(directory: Path) -> Path:
 
 
 def _kind(directory: Path, config: Mapping[str, Any], method: str | None, exported: bool) -> str:
-    """The template of a card. `method` is what made a checkpoint; `exported` LoRA adapters were LREC adapters."""
+    """The template of a card. `method` trained a checkpoint; `exported` LoRA adapters were LREC adapters."""
     quantization = config.get("quantization_config")
     if quantization is None:
         kind = _KINDS.get(config.get("peft_type", ""))
@@ -389,7 +390,7 @@ def _weight_files(place: Path) -> list[Path]:
 
 
 def _digest(place: Path, samples: int = 64, size: int = 4096) -> str | None:
-    """A short name for the weights in a directory, from samples of its files; None without weights."""
+    """A digest of the weights in a directory, from samples of each file; None without weights."""
     files = _weight_files(place)
     if not files:
         return None
@@ -405,7 +406,7 @@ def _digest(place: Path, samples: int = 64, size: int = 4096) -> str | None:
 
 
 def _count_tensors(place: Path, kind: str, config: Mapping[str, Any], changed: set[str]) -> list[dict[str, Any]]:
-    """Tensors, values and bytes by role and dtype: of all tensors, or of those that a merge changed."""
+    """Numbers of tensors, values and bytes by role and dtype; of a merged checkpoint, only for `changed` tensors."""
     other_role = "float parameters" if kind == _QFT else "modules trained whole"
     if config.get("bias", "none") != "none":
         other_role = f"biases and {other_role}" if config.get("modules_to_save") else "biases"
@@ -424,7 +425,7 @@ def _count_tensors(place: Path, kind: str, config: Mapping[str, Any], changed: s
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
-    """PEFT's name of the task, of an adapter or of a checkpoint."""
+    """PEFT's task type of an adapter or a checkpoint."""
     if "peft_type" in config:
         return config.get("task_type") if config.get("task_type") in _TASKS else None
     architecture = next(iter(config.get("architectures") or []), "")
@@ -432,7 +433,7 @@ def _task(config: Mapping[str, Any]) -> str | None:
 
 
 def _metadata(kind: str, base: _Base, task: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The front matter that follows from the facts."""
+    """Generate the front matter from the facts."""
     adapter = kind not in (_MERGED, _QFT)
     metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     tags = [*_TAGS[kind]]
@@ -465,7 +466,7 @@ def _metadata(kind: str, base: _Base, task: str | None, facts: Mapping[str, Any]
 def _merge_metadata(
     generated: Mapping[str, Any], given: Mapping[str, Any], layout: Card, others: Sequence[Card]
 ) -> dict[str, Any]:
-    """Front matter: what is given, then what a user changed since it was generated, then what is generated now."""
+    """Merge front matter: given values first, then those a user changed, then generated ones."""
     found = dict(layout.metadata)
     if not all(map(_is_hub_id, _union(found.get("base_model")))):
         del found["base_model"]
@@ -480,7 +481,7 @@ def _merge_metadata(
             found[name] = [tag for tag in _union(old, now) if tag not in dropped]
         elif old == before:
             found[name] = now
-    found["library_name"] = generated["library_name"]  # transformers writes its own name
+    found["library_name"] = generated["library_name"]  # transformers overwrites it with its own name
     tags = _union(found.get("tags"), given.get("tags"))
     found |= {**_plain(given), "tags": [tag for tag in tags if _is_publishable_tag(tag)]}
     if not found.get("base_model"):
@@ -494,7 +495,7 @@ def _union(*lists: Any) -> list[str]:
 
 
 def _is_publishable_tag(tag: str) -> bool:
-    """The Hub's tags of a base model must name a model there; PEFT's name whatever was loaded."""
+    """Whether a tag is valid on the Hub. PEFT writes `base_model` tags of local paths too."""
     prefix, _, name = tag.partition(":")
     return prefix != "base_model" or _is_hub_id(name.rpartition(":")[2])
 
@@ -540,13 +541,13 @@ def _render(
 
 
 def _engines(quantization: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Engine, verdict and source, for the engines of which it is known."""
+    """Engine, verdict and source for every engine with a known verdict."""
     known = [row for row in engine_verdicts(Packing.from_config(quantization)) if row.serves is not None]
     return [(row.engine, str(row), f"{_sources(row.sources)}, {row.checked}") for row in known]
 
 
 def _sources(sources: Iterable[str]) -> str:
-    """Links, named by repository or site."""
+    """Markdown links labeled by repository or site."""
     links = []
     for source in sources:
         site, path = urlsplit(source).netloc, urlsplit(source).path.split("/")
@@ -556,7 +557,7 @@ def _sources(sources: Iterable[str]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that a result may depend on, as far as they are installed."""
+    """Versions of the installed packages that a result may depend on."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""Model cards of what PEFT and transformers save and push.
+"""Hooks that write model cards when PEFT and transformers save and push.
 
-PEFT writes a model's card before the adapter is saved; transformers writes another one over it in `push_to_hub`, and
-so does its Trainer, before it asks PEFT for an update.
+PEFT writes a model's card before it saves the adapter. transformers overwrites that card in `push_to_hub`, and so does
+its Trainer before it asks PEFT for an update.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .card import FACTS, QFT, Card, best_effort, update_card
 
 Stock = Callable[..., Any]
 
-_written: WeakKeyDictionary[PeftModel, dict[Path, Card]] = WeakKeyDictionary()  # by directory, the last one last
-_due: WeakKeyDictionary[PeftModel, list[Path]] = WeakKeyDictionary()  # directories of cards that wait for the weights
+_written: WeakKeyDictionary[PeftModel, dict[Path, Card]] = WeakKeyDictionary()  # by directory, the most recent last
+_due: WeakKeyDictionary[PeftModel, list[Path]] = WeakKeyDictionary()  # cards to write after the weights
 
 
 def _save_pretrained(stock: Stock, model: PeftModel, /, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def _upload_adapter(
     stock: Stock, model: PeftModel, /, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
 ) -> Any:
     if isinstance(model.base_model, PackedTuner):
-        directory = Path(working_dir).resolve()  # a temporary one
+        directory = Path(working_dir).resolve()  # a temporary directory
         saved = _written.get(model, {}).pop(directory, Card())
         with best_effort(repo_id):
             _fetch_facts(directory, repo_id, kwargs)
@@ -79,7 +79,7 @@ def _upload_model(stock: Stock, model: Any, /, working_dir: str, repo_id: str, *
 
 
 def _fetch_facts(directory: Path, repository: str, options: Mapping[str, Any]) -> None:
-    """Lay the facts of a repository over those saved in a directory, as transformers does with its README."""
+    """Replace the facts in a directory by those of the repository, as transformers does with its README."""
     facts = directory / FACTS
     facts.unlink(missing_ok=True)
     with suppress(EntryNotFoundError):
@@ -91,7 +91,7 @@ def _write_card(model: PeftModel, directory: Path, earlier: Sequence[Card], repo
     base = getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
     tags = getattr(tuner.model, "model_tags", None)
     config = next(iter(tuner.peft_config.values()))
-    facts = {"base_quantization": config.base_quantization}  # which a LoRA adapter's file does not say
+    facts = {"base_quantization": config.base_quantization}  # a LoRA adapter's configuration lacks it
     update_card(directory, earlier, [base], repository, facts, metadata={"tags": tags or None}, exported=True)
     written = _written.setdefault(model, {})
     written.pop(directory, None)

@@ -1,4 +1,4 @@
-"""What QFT trained, as checkpoints that need no peft_quant: bf16, or 8-bit GPTQ."""
+"""Exports of QFT models as checkpoints that load without peft_quant: bf16 or 8-bit GPTQ."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BITS, _ZERO_POINT, _V1 = 8, 128, 1
-_SMALLEST_SCALE = 2.0**-14  # of fp16 with all of its precision
-# where optimum looks for blocks if it is not told, and so finds them under another head too
+_SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16 number
+# where optimum looks for blocks by default, so that they are found under another head too
 _FOUND_BY_ITSELF = (
     "gpt_neox.layers",
     "model.decoder.layers",
@@ -40,12 +40,12 @@ _FOUND_BY_ITSELF = (
 
 @dataclass(frozen=True)
 class LogitError:
-    """How far an export's logits are from those of the int8 model, in the model's own arithmetic.
+    """Difference between an export's logits and those of the int8 model, both computed in the model's dtype.
 
     Attributes:
-        largest: of the absolute differences.
-        mean: of the absolute differences.
-        largest_logit: of the int8 model, for comparison.
+        largest: largest absolute difference.
+        mean: mean absolute difference.
+        largest_logit: largest absolute logit of the int8 model, for comparison.
     """
 
     largest: float
@@ -67,27 +67,27 @@ def export_qft(
     | format | what is written |
     |---|---|
     | `bf16` | every parameter, decoded and rounded to bf16 |
-    | `gptq` | the blocks' linear layers as 8-bit GPTQ, symmetric, with scales in fp16; all else decoded |
+    | `gptq` | the blocks' linear layers as 8-bit symmetric GPTQ with fp16 scales; all other weights decoded |
 
-    These blocks are those of a decoder, or an encoder, of text, or of both; not those of images.
-    GPTQ has no outliers: layers that have some are encoded again without them, one scale a row. Without outliers,
-    integers and scales are those that were trained. It takes as much memory on the CPU as the checkpoint.
+    Only blocks of text decoders and encoders are packed, not those of images. GPTQ has no outliers: a layer with
+    outliers is encoded again without them, with one scale per row. A layer without outliers keeps its trained integers
+    and scales. The export needs as much CPU memory as the size of the checkpoint.
 
     Args:
-        model: the model, which stays as it is.
-        directory: to write, which must not exist; it appears once it is complete.
+        model: the model, which is not changed.
+        directory: directory to write, which must not exist; it appears once it is complete.
         format: see above.
-        inputs: of one forward pass, to measure what the format changes; it takes the decoded model in memory beside
+        inputs: inputs of one forward pass, to measure the logit error. This holds the decoded model in memory beside
             the model.
-        tokenizer: to save with it.
+        tokenizer: tokenizer to save with the model.
 
     Returns:
         The logit error on `inputs`, if they are given.
 
     Raises:
         FileExistsError: `directory` exists.
-        ValueError: another format; no int8 weight; a model or layers of which transformers loads no GPTQ checkpoint
-            (T5, ModernBERT, Conv1D); a layer whose features GPTQ cannot pack; outputs without logits.
+        ValueError: an unknown format; no int8 weight; a model or layers that transformers cannot load from a GPTQ
+            checkpoint (T5, ModernBERT, Conv1D); a layer whose features GPTQ cannot pack; outputs without logits.
     """
     if format not in ("bf16", "gptq"):
         raise ValueError(f"format={format!r}: use 'bf16' or 'gptq'.")
@@ -122,8 +122,8 @@ class _Packed:
     """Layers in GPTQ's format.
 
     Attributes:
-        tensors: of the checkpoint, by name.
-        weights: what they stand for, by the name of the parameter.
+        tensors: packed tensors by name in the checkpoint.
+        weights: the weights they represent, by parameter name.
         config: the quantization config.
     """
 
@@ -160,10 +160,10 @@ def _pack(model: PreTrainedModel, weights: Mapping[str, Int8Weight]) -> _Packed:
 
 
 def _text_layers(model: Any, weights: Mapping[str, Int8Weight]) -> list[str]:
-    """The int8 weights of those linear layers, in lists of blocks, that transformers makes GPTQ layers of.
+    """Names of the int8 weights in blocks of text that transformers can load as GPTQ layers.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or transformers cannot load the model as GPTQ.
     """
     if model.main_input_name != "input_ids":
         raise ValueError(
@@ -186,7 +186,7 @@ def _text_layers(model: Any, weights: Mapping[str, Int8Weight]) -> list[str]:
 
 
 def _require_loadable(model: PreTrainedModel, layers: list[str]) -> None:
-    """Raise a `ValueError` if transformers, as it loads a GPTQ checkpoint, initializes weights that are not there."""
+    """Raise a `ValueError` if transformers initializes weights that GPTQ layers do not have while loading."""
     skeleton = _without_values(model)
     for layer in layers:
         packed = nn.Module()
@@ -208,18 +208,18 @@ def _is_encoder_decoder(model: Any) -> bool:
 
 
 def _common_group_size(weights: list[Int8Weight]) -> int:
-    """In-features to a scale that all layers have, without encoding anything again; -1 if that is one scale a row."""
+    """In-features per scale if all layers share it and need no new encoding; otherwise -1, one scale per row."""
     sizes = {-1 if weight.scales.shape[1] == 1 else weight.shape[1] // weight.scales.shape[1] for weight in weights}
     return sizes.pop() if len(sizes) == 1 and not any("outlier_values" in weight.parts for weight in weights) else -1
 
 
 def _without_outliers(weight: Int8Weight, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes `[N, K]` and fp16 scales `[N, G]`: the weight's own if they serve."""
+    """int8 codes `[N, K]` and fp16 scales `[N, G]`: the weight's own, unless it must be encoded again."""
     codes, scales = weight.codes, weight.scales
     if "outlier_values" in weight.parts or (group_size == -1 and scales.shape[1] > 1):
         codes, scales, *_ = ops.encode_weight(weight.dequantize(torch.float32), 0)
     rounded = (scales.abs().clamp(min=_SMALLEST_SCALE) * scales.sign()).half()
-    # a row of tiny weights gets smaller codes under the smallest scale; all others keep theirs
+    # scales below the smallest are raised to it and their codes shrink; all other codes are kept
     shrink = torch.where(scales.abs() < _SMALLEST_SCALE, scales / rounded.float(), 1)
     in_groups = codes.view(*scales.shape, -1) * shrink[:, :, None]
     return in_groups.round().view(codes.shape).to(torch.int8), rounded
@@ -235,12 +235,12 @@ def _config(model: nn.Module, layers: list[str], group_size: int) -> dict[str, A
         "checkpoint_format": "gptq",
     }
     places = [(block.blocks, layer) for block, layer in map(split_block, layers) if block]
-    # optimum makes GPTQ layers of all that begin as one name does, and end as one of others, if these are given
+    # optimum quantizes all layers under `block_name_to_quantize` whose names end with a listed one
     begin = _common_parent({blocks for blocks, _ in places})
     if begin not in _FOUND_BY_ITSELF:
         config["block_name_to_quantize"] = begin
     linear = {name for name, layer in model.named_modules() if _is_linear(layer) and name.startswith(begin)}
-    if linear != set(layers) or not begin:  # routers, say, are not among them
+    if linear != set(layers) or not begin:  # routers, for instance, are not packed
         ends = sorted({layer for _, layer in places})
         chosen = {name for name in linear if name.endswith(tuple(ends))}
         config["modules_in_block_to_quantize"] = [ends if chosen == set(layers) else layers]
@@ -253,12 +253,12 @@ def _common_parent(names: Iterable[str]) -> str:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether it is one to what loads GPTQ checkpoints."""
+    """Whether loaders of GPTQ checkpoints treat it as a linear layer."""
     return type(layer) is nn.Linear or isinstance(layer, (nn.Conv2d, Conv1D))
 
 
 def _tensors(model: nn.Module, packed: _Packed, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The state dict to write, on the CPU: tied weights are one tensor, all in `dtype` if one is given."""
+    """The state dict to write, on the CPU, with parameters in `dtype` if given. Tied weights share one tensor."""
     tensors = dict(packed.tensors)
     written: dict[int, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -273,7 +273,7 @@ def _tensors(model: nn.Module, packed: _Packed, dtype: torch.dtype | None) -> di
 
 
 def _skeleton(model: Any, dtype: torch.dtype, packed: _Packed) -> PreTrainedModel:
-    """A model without weights that saves tensors as this one would."""
+    """A model on the meta device with the config and name conversions for saving the exported tensors."""
     skeleton = _without_values(model).to(dtype)
     if model.can_generate():
         skeleton.generation_config = model.generation_config
@@ -284,7 +284,7 @@ def _skeleton(model: Any, dtype: torch.dtype, packed: _Packed) -> PreTrainedMode
 
 
 def _without_values(model: Any) -> Any:
-    """A model in float of the same class and config."""
+    """A float model of the same class and config, on the meta device."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
@@ -297,7 +297,7 @@ def _logit_error(model: Any, inputs: Mapping[str, Any], packed: _Packed, roundin
         if name not in exported and rounding is not None:
             dense = parameter.dequantize() if isinstance(parameter, Int8Weight) else parameter
             exported[name] = dense.to(rounding).to(parameter.dtype)
-    # of labels, an encoder-decoder makes the inputs of its decoder
+    # an encoder-decoder derives the inputs of its decoder from the labels
     unused = {"num_items_in_batch", *(() if _is_encoder_decoder(model) else ("labels",))}
     inputs = {name: value for name, value in inputs.items() if name not in unused}
     training = model.training
@@ -312,7 +312,7 @@ def _logit_error(model: Any, inputs: Mapping[str, Any], packed: _Packed, roundin
 
 
 def _logits(outputs: Any) -> torch.Tensor:
-    """All logits of a model, flat: those of the start and the end of an answer, say."""
+    """All logits among a model's outputs, such as start and end logits, flattened and concatenated."""
     logits = [value.float().flatten() for name, value in outputs.items() if name.endswith("logits")]
     if not logits:
         raise ValueError(

@@ -27,11 +27,11 @@ def export_lora(
 
     With `LRECConfig(save_as_lora=True)`, adapters are saved in this format.
 
-    The tensors are the same; the configuration becomes a `LoraConfig`, which does not record the fingerprint of the
-    base model, but the model card does. `out` appears once it is complete.
+    The tensors are the same. The configuration becomes a `LoraConfig`, which cannot record the fingerprint of the base
+    model; the model card does. `out` appears once it is complete.
 
     Args:
-        adapter: directory or Hub id of the adapter, or a model that has it loaded.
+        adapter: directory or Hub id of the adapter, or a model with the adapter loaded.
         out: directory to write, which must not exist.
         adapter_name: name of the adapter, if a model is given.
         token: Hub token.
@@ -41,7 +41,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: it is not an LREC adapter, or the model has none of that name.
+        ValueError: it is not an LREC adapter, or the model has no adapter of that name.
     """
     if isinstance(adapter, PeftModel):
         with TemporaryDirectory() as saved:

@@ -1,4 +1,4 @@
-"""Merging a PEQA adapter into a GPTQ checkpoint, on files alone."""
+"""Merging a PEQA adapter into a GPTQ checkpoint, without loading the model."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _MERGE_IN_MEMORY = (
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that was checked and not yet written.
+    """A merge that was checked but not yet written.
 
     Attributes:
         checkpoint: the base.
-        config: of the adapter.
-        deltas: changes of scales, by the name of the scales in the base.
+        config: configuration of the adapter.
+        deltas: scale deltas, by the name of the scales in the base.
         others: tensors of `modules_to_save`, by their name in the base.
         out: directory to write.
-        bases: names of the base, by the adapter and by the caller.
+        bases: names of the base, from the adapter's configuration and from the caller.
     """
 
     checkpoint: Checkpoint
@@ -102,13 +102,12 @@ def merge_checkpoint(
 ) -> Path:
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
-    Works on files: needs neither a GPU nor a GPTQ package, and memory for one tensor at a time. Every other tensor and
-    file, `config.json` included, is byte-equal to the base, except for the model card and its facts, which are the
-    merged model's. `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is
-    complete.
+    Works on files, one tensor at a time: it needs neither a GPU nor a GPTQ package. All other tensors and files,
+    `config.json` included, are copied byte for byte, except the model card and its facts, which describe the merged
+    model. `model.merge_and_unload().save_pretrained(out)` writes the same tensors. `out` appears once it is complete.
 
     Args:
-        base: directory or Hub id of the GPTQ checkpoint the adapter was trained on, in safetensors.
+        base: directory or Hub id of the GPTQ checkpoint, in safetensors, that the adapter was trained on.
         adapter: directory or Hub id of the adapter.
         out: directory to write, which must not exist.
         revision: branch, tag or commit of `base`, if it is a Hub id.
@@ -120,11 +119,11 @@ def merge_checkpoint(
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: `base` is a directory without a safetensors checkpoint.
-        InvalidCheckpointError: a shard is missing or damaged, or a layer's packed tensors are.
-        OSError: there is no room for the merged checkpoint.
-        ValueError: the adapter is not PEQA's, holds NaN or tensors that it did not train, or was trained on another
-            base; or the merged model needs another config.json or further tensors, as with a new head, a resized
-            vocabulary or trained tied embeddings: `merge_and_unload` writes these.
+        InvalidCheckpointError: a shard or a layer's packed tensor is missing or damaged.
+        OSError: there is not enough space for the merged checkpoint.
+        ValueError: the adapter is not a PEQA adapter, holds NaN or tensors that it did not train, or was trained on
+            another base; or the merged model needs another config.json or additional tensors, as with a new head, a
+            resized vocabulary or trained tied embeddings. `merge_and_unload` supports those.
     """
     return plan_merge(base, adapter, out, revision=revision, token=token).write()
 
@@ -137,9 +136,9 @@ def plan_merge(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Merge:
-    """Check everything that [`merge_checkpoint`] needs, and write nothing.
+    """Check everything that [`merge_checkpoint`] needs, without writing.
 
-    Args and errors: as [`merge_checkpoint`].
+    Args and errors: as for [`merge_checkpoint`].
     """
     refuse_existing(out)
     config = PEQAConfig.from_pretrained(os.fspath(adapter), token=token)
@@ -202,7 +201,7 @@ def _require_stored(checkpoint: Checkpoint, config: PEQAConfig, layers: list[str
 
 
 def _require_alone(checkpoint: Checkpoint, others: list[str], stored: dict[str, str], ties: dict[str, str]) -> None:
-    """Check that each tensor of `modules_to_save` is in the files, and is tied to no other."""
+    """Check that each tensor of `modules_to_save` is in the files and not tied to another."""
     for name in others:
         if name not in stored:
             raise ValueError(

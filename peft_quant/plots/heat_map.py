@@ -1,4 +1,4 @@
-"""A number for every layer of a model, as a grid of colours: a row for a block, a column for a module in it."""
+"""Heat maps of one number per layer: a row per block, a column per module of a block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Panel:
     """One grid.
 
     Attributes:
-        title: what is written above it.
-        values: a number for each layer, by its name; layers without one stay blank.
+        title: title above the grid.
+        values: one number per layer, by layer name; layers without one are blank.
     """
 
     title: str
@@ -26,12 +26,15 @@ class Panel:
 def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent: bool = False) -> Any:
     """Draw panels in rows, as a matplotlib `Figure`.
 
-    All panels have the blocks and modules of all; those of a row share a colour scale, which begins at 0.
+    All panels show the same blocks and modules. Panels of a row share a color scale that starts at 0.
 
     Args:
-        rows: as many panels in each.
-        scale: what the colours stand for, written at the scale.
-        percent: whether to write values as percentages.
+        rows: rows of panels, all of the same length.
+        scale: label of the color bars.
+        percent: whether color bars show percentages.
+
+    Returns:
+        The figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -65,7 +68,7 @@ def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent:
 
 
 def grid_of(names: Iterable[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
-    """The labels of the blocks in order, the modules, and for every layer the index of its block and of its module."""
+    """Labels of the blocks in order, names of the modules, and each layer's block and module indices by name."""
     places = {}
     for name in names:
         block, module = split_block(name)

@@ -1,4 +1,4 @@
-"""How far adapters moved a model's layers, as a picture."""
+"""Plots of how far adapters moved a model's layers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def plot_layer_changes(
     other: Iterable[LayerChange] | None = None,
     titles: Sequence[str] = ("first adapter", "second adapter"),
 ) -> Path:
-    """Draw how far an adapter moved each layer, or two adapters side by side on one colour scale.
+    """Plot how far an adapter moved each layer, or two adapters side by side on one color scale.
 
-    Relative changes are drawn if all of them are known, else absolute ones: of scales their root mean square, of
-    weights their Frobenius norm.
+    Relative changes are plotted if all are known, otherwise absolute ones: the root mean square for scales, the
+    Frobenius norm for weights.
 
     Args:
-        changes: a row a layer, as `peft_quant.inspection.layer_changes` returns them.
-        path: file to write, a PNG.
-        other: of the other adapter.
-        titles: what to write above the adapters if there are two.
+        changes: one row per layer, as returned by `peft_quant.inspection.layer_changes`.
+        path: PNG file to write.
+        other: the same for a second adapter.
+        titles: titles of the two adapters, used if `other` is given.
 
     Returns:
         The path.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an adapter without layers.
+        ValueError: an adapter has no layers.
     """
     adapters = [list(rows) for rows in (changes, other) if rows is not None]
     if not all(adapters):

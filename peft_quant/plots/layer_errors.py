@@ -1,4 +1,4 @@
-"""Errors of a model's layers before and after LREC's initialization, as a picture."""
+"""Plots of layer errors before and after LREC's initialization."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _KINDS = {"weight": "weight error", "activation": "output error, held-out tokens
 
 
 def plot_layer_errors(report: Iterable[LayerInitialization], path: str | os.PathLike[str]) -> Path:
-    """Draw the errors of all layers before and after, a row for every block and a column for every module in it.
+    """Plot the errors of all layers before and after initialization, with a row per block and a column per module.
 
     Args:
-        report: a row a layer, as [`initialize_lrec_weights`] returns them. Output errors are drawn if there are any.
-        path: file to write, a PNG.
+        report: one row per layer, as returned by [`initialize_lrec_weights`]. Output errors are plotted if measured.
+        path: PNG file to write.
 
     Returns:
         The path.

@@ -1,1 +1,1 @@
-"""Trainers, and what they report."""
+"""Trainers and training reports."""

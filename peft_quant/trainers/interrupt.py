@@ -1,4 +1,4 @@
-"""Interrupted training: a checkpoint at Ctrl-C, and the last complete one to resume from."""
+"""Interruptible training: a checkpoint on Ctrl-C, and the last complete one to resume from."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Makes a Trainer write a checkpoint at the first Ctrl-C, after the current step, and stop.
+    """Makes a Trainer stop at the first Ctrl-C, with a checkpoint after the current step.
 
-    The second Ctrl-C ends a single process at once, as usual. The processes of a distributed run, each of which the
-    launcher may interrupt more than once, agree on the step.
+    A second Ctrl-C ends a single process at once. The processes of a distributed run agree on the step, and further
+    interrupts are ignored there, because launchers may send several.
 
     Example:
         ```py
@@ -52,7 +52,7 @@ class SaveOnInterrupt(TrainerCallback):
         ```
 
     Attributes:
-        saved: whether training was stopped, with a checkpoint.
+        saved: whether training was interrupted and a checkpoint requested.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -63,7 +63,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGINT within."""
+        """Handle SIGINT inside the context."""
         before = signal.signal(signal.SIGINT, self._request)
         try:
             yield

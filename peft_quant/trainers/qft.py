@@ -1,4 +1,4 @@
-"""Full fine-tuning in int8 by transformers' Trainer, or by a trainer derived from it."""
+"""Full fine-tuning in int8 with transformers' Trainer or a subclass of it."""
 
 from __future__ import annotations
 
@@ -45,33 +45,33 @@ logger = logging.getLogger(__name__)
 
 _ROUNDINGS = ("stochastic", "nearest", "error_feedback")
 _STATE = "trainer_state.json"
-_FEW = 1e-3  # a share of the weights
+_FEW = 1e-3  # share of the int8 weights that must move in an epoch
 
 
 @help_from_docstring
 @dataclass
 class QFTTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] and what is quantized in training.
+    """[`~transformers.TrainingArguments`] and the quantization of training.
 
     The optimizer is always QuantizedLion: `learning_rate`, `weight_decay`, the scheduler's options and `max_grad_norm`
-    count as they do elsewhere, `optim` and Adam's options do not. Lion's learning rates are 3 to 10 times smaller than
-    AdamW's.
+    apply as usual, `optim` and Adam's options do not. Lion's learning rates are 3 to 10 times smaller than AdamW's.
 
     Args:
         fused (`bool`):
-            Update each weight within backward, as soon as its gradient exists, and keep no gradients. Without
-            accumulation and without `max_grad_norm`.
-        state_bits (`int`): 8 for momentum in int8, 32 for fp32.
+            Update each weight during backward, as soon as its gradient exists, and keep no gradients. Excludes
+            gradient accumulation and `max_grad_norm`.
+        state_bits (`int`): Bits of the momentum: 8 for int8, 32 for fp32.
         rounding (`str`):
             How weights are rounded: "stochastic"; "nearest", which drops updates below half a step; or
-            "error_feedback", which keeps what rounding drops in int8 and adds it to the next update.
-        lion_beta1 (`float`): Share of the momentum in an update of Lion.
-        lion_beta2 (`float`): Share of the old momentum in Lion's new one.
-        refresh_steps (`int`): Optimizer steps between two choices of each weight's scales and outliers; 0 for never.
+            "error_feedback", which stores the rounding error in int8 and adds it to the next update.
+        lion_beta1 (`float`): Weight of the momentum in Lion's update.
+        lion_beta2 (`float`): Decay rate of Lion's momentum.
+        refresh_steps (`int`):
+            Optimizer steps after which scales and outliers of each weight are chosen again; 0 for never.
         max_parameter_norm (`float`): With `fused`, clip each weight's gradient to this norm; 0 for no clipping.
 
     Raises:
-        ValueError: options that exclude each other, or fp16, whose loss scaling needs gradients in float.
+        ValueError: incompatible options, or fp16, whose loss scaling needs float gradients.
     """
 
     fused: bool = False
@@ -114,10 +114,10 @@ class QFTTrainingArguments(TrainingArguments):
 
 
 class QFTTrainerMixin(_Base):
-    """Makes a trainer derived from transformers' train in int8.
+    """Makes a subclass of transformers' Trainer train in int8.
 
-    Put it before that trainer, as in `class QFTSFTTrainer(QFTTrainerMixin, SFTTrainer)`, with arguments of
-    `class Config(SFTConfig, QFTTrainingArguments)`. See [`QFTTrainer`].
+    Put it before that trainer, as in `class QFTSFTTrainer(QFTTrainerMixin, SFTTrainer)`, and combine the arguments, as
+    in `class Config(SFTConfig, QFTTrainingArguments)`. See [`QFTTrainer`].
     """
 
     args: Any  # QFTTrainingArguments
@@ -232,11 +232,19 @@ class QFTTrainerMixin(_Base):
     def export(
         self, output_dir: str | os.PathLike[str], format: Literal["bf16", "gptq"] = "bf16"
     ) -> LogitError | None:
-        """Write the model as a checkpoint that needs no peft_quant, and log how far its logits are from the model's.
+        """Write the model as a checkpoint that loads without peft_quant, and log the error of its logits.
 
-        The logits are those of the first batch to evaluate on, or to train on where there is none.
+        The error is measured on the first evaluation batch, or on the first training batch without evaluation data.
 
-        Args and errors: as [`export_qft`].
+        Args:
+            output_dir: directory to write, as in [`export_qft`].
+            format: `"bf16"` or `"gptq"`.
+
+        Returns:
+            The logit error.
+
+        Raises:
+            FileExistsError, ValueError: as [`export_qft`].
         """
         dataset = self.eval_dataset
         if isinstance(dataset, dict):
@@ -249,11 +257,11 @@ class QFTTrainerMixin(_Base):
         return error
 
     def _begin(self) -> None:
-        """What is known and can go wrong before the first step."""
+        """Report the memory and check the run before the first step."""
         lion = self._optimizer()
-        lion.gradients.detach()  # with what an interrupted step left
+        lion.gradients.detach()  # drops gradients of an interrupted step
         for group in lion.param_groups:
-            lion.gradients.attach(group["params"])  # again, as accelerate has moved the model since
+            lion.gradients.attach(group["params"])  # accelerate may have moved the model since
         self.memory_report = memory_of_step(self.model, self.args, self.train_dataset)
         logger.info("Trained in int8:\n%s", self.memory_report)
         _warn_of_small_steps(self.model, self.args, self.state.max_steps / max(self.state.num_train_epochs, 1))
@@ -261,13 +269,13 @@ class QFTTrainerMixin(_Base):
             self._try_to_save()
 
     def _try_to_save(self) -> None:
-        """Try out saving and loading, so that a run does not fail at its end.
+        """Test saving and loading before training, so that a run does not fail at its end.
 
-        Writes a checkpoint of the first rows of every tensor, and loads one of the whole shapes without values.
+        Writes a checkpoint of the first rows of every tensor, and loads one of full shapes without values.
 
         Raises:
-            OSError: there is no room for a whole one.
-            RuntimeError: writing or reading it failed.
+            OSError: there is not enough space for a full checkpoint.
+            RuntimeError: writing or reading failed.
         """
         output = Path(self.args.output_dir)
         way_out = "Make room, choose another output_dir, or set save_only_model=True, which saves no momentum"
@@ -298,25 +306,26 @@ class QFTTrainerMixin(_Base):
 class QFTTrainer(QFTTrainerMixin, Trainer):
     """Trains every parameter, with weights, gradients and Lion's momentum in int8.
 
-    This is QFT (Li et al., 2023, arXiv 2310.07147).
-    Each gradient is quantized as soon as it exists, and is kept until the step in a byte a weight; with `fused`, the
-    step is taken right there. Accumulation, `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing,
-    evaluation, callbacks and resuming work as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint
-    that `from_pretrained` loads after `import peft_quant`; [`export`] writes what needs no peft_quant.
+    This is QFT (Li et al., 2023, arXiv 2310.07147). Each gradient is quantized as soon as it exists and kept until the
+    step in one byte per weight; with `fused`, its weight is updated immediately instead. Accumulation and
+    `max_grad_norm` (unless fused), schedulers, bf16, gradient checkpointing, evaluation, callbacks and resuming work
+    as in [`~transformers.Trainer`]. `save_model` writes an int8 checkpoint that `from_pretrained` loads after
+    `import peft_quant`; [`export`] writes checkpoints that load without it.
 
-    Before the first step, `memory_report` and the log say what takes how many bytes, a checkpoint of a row of every
-    tensor is written and removed, and one of the whole shapes is loaded without values; after it, what is trained must
-    have moved. A step whose gradients are not finite changes nothing; `skipped_steps` in the logs counts them.
+    Before the first step, the memory by kind of tensor is logged and stored in `memory_report`, a checkpoint of the
+    first rows of every tensor is written and removed, and one of full shapes is loaded without values. After the first
+    step, the trained parameters must have moved. A step with gradients that are not finite is skipped; the logs count
+    these as `skipped_steps`.
 
     Args:
-        model: with int8 weights, from [`convert_to_int8`] or an int8 checkpoint.
-        args ([`QFTTrainingArguments`]): with what is quantized and how.
-        kwargs: as [`~transformers.Trainer`]'s, without an optimizer.
+        model: a model with int8 weights, from [`convert_to_int8`] or an int8 checkpoint.
+        args ([`QFTTrainingArguments`]): training arguments with the quantization options.
+        kwargs: as for [`~transformers.Trainer`], without an optimizer.
 
     Raises:
-        TypeError: `args` of another type.
-        ValueError: a model without int8 weights, an optimizer from outside, several GPUs or processes.
-        TrainingError (from `train`): after the first step nothing had moved, or something frozen had.
+        TypeError: `args` has the wrong type.
+        ValueError: the model has no int8 weights, an optimizer was passed, or there are several GPUs or processes.
+        TrainingError (from `train`): after the first step, nothing had moved, or a frozen parameter had.
 
     Example:
         ```py
@@ -330,7 +339,7 @@ class QFTTrainer(QFTTrainerMixin, Trainer):
 
 
 class _TrainerHooks(TrainerCallback):
-    """Calls the trainer where transformers has a callback and no method."""
+    """Calls the trainer at events for which transformers has callbacks but no methods."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -388,13 +397,13 @@ def _check_model(model: Any) -> None:
 
 
 def _load_weights(model: PreTrainedModel, directory: str) -> None:
-    """Put a checkpoint's weights into a model, bit by bit as they are.
+    """Load a checkpoint's weights into a model, bit for bit.
 
     Raises:
-        ValueError: the checkpoint is of another model, or holds other weights in int8, or otherwise.
+        ValueError: the checkpoint is of another model, or its int8 weights or their layouts differ.
     """
     model_class: Any = type(model)
-    options = {"dtype": torch.float32, "output_loading_info": True}  # fp32 holds every 16-bit number
+    options = {"dtype": torch.float32, "output_loading_info": True}  # fp32 represents every 16-bit float exactly
     saved, found = model_class.from_pretrained(directory, **options)
     difference = loading_difference(found)
     if difference:
@@ -412,7 +421,7 @@ def _load_weights(model: PreTrainedModel, directory: str) -> None:
 
 
 def _warn_of_small_steps(model: nn.Module, args: QFTTrainingArguments, steps: float) -> None:
-    """Warn if an epoch leaves nearly all int8 weights where they are."""
+    """Warn if an epoch would move almost no int8 weights."""
     values, moved = 0, 0.0
     for weight in model.parameters():
         if isinstance(weight, Int8Weight) and weight.requires_grad:
@@ -420,7 +429,7 @@ def _warn_of_small_steps(model: nn.Module, args: QFTTrainingArguments, steps: fl
             if args.rounding == "stochastic":
                 share = float((steps * ratios).clamp(max=1).mean())
             else:
-                # error feedback keeps 1/256 of a code
+                # error feedback resolves 1/256 of a code
                 least = 0.5 if args.rounding == "nearest" else 2**-9
                 share = float((ratios > least).float().mean())
             values += weight.numel()
@@ -445,7 +454,7 @@ def _checkpoint_bytes(model: nn.Module, args: QFTTrainingArguments) -> int:
 
 
 def memory_of_step(model: Any, args: Any, dataset: Any) -> MemoryReport:
-    """What a step by [`QFTTrainingArguments`] holds, with batches of the shape of the first training sample."""
+    """Estimate the memory of a training step, with batches shaped like the first training sample."""
     return estimate_qft(
         model,
         _first_batch(model, dataset, args.per_device_train_batch_size),
@@ -458,13 +467,13 @@ def memory_of_step(model: Any, args: Any, dataset: Any) -> MemoryReport:
 
 
 def _first_batch(model: Any, dataset: Any, size: int) -> dict[str, torch.Tensor] | None:
-    """The shapes of a model's inputs, as far as the first sample shows them."""
+    """A meta-device batch shaped like the first sample; None if the sample does not show the model's inputs."""
     if not hasattr(dataset, "__getitem__") or not len(dataset):
         return None
     known = inspect.signature(type(model).forward).parameters
     try:
         sample = {name: torch.as_tensor(value) for name, value in dataset[0].items() if name in known}
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # the collator knows what to make of it
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # only the collator can convert it
         return None
     if "labels" in known and "input_ids" in sample:
         sample.setdefault("labels", sample["input_ids"])

@@ -1,8 +1,8 @@
-"""A teacher's top-k log-probabilities on disk, as a teacher.
+"""A teacher that reads cached top-k log-probabilities from disk.
 
-A cache is a directory of a manifest, `teacher.json`, and of shards in safetensors. A sample is found by the digest of
-its token ids without padding, so neither shuffling, batching nor columns that a collator drops matter, and a cache of
-other data is noticed.
+A cache is a directory with a manifest, `teacher.json`, and safetensors shards. Samples are looked up by a digest of
+their token ids without padding, so shuffling, batching and columns that a collator drops do not matter, and a cache of
+other data is detected.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _MANIFEST = "teacher.json"
 _FORMAT = 1
 _SHARD_BYTES = 64 << 20
 _DIGEST_BYTES = 16
-# inputs beside the token ids that change a model's output
+# inputs other than token ids that change a model's output
 _NOT_CACHED = ("inputs_embeds", "position_ids", "token_type_ids")
 
 
 class CachedTeacher:
-    """The cache of a teacher, read sample by sample.
+    """A teacher's cache, read sample by sample.
 
     Args:
-        directory: as written by [`cache_teacher`].
+        directory: the directory written by [`cache_teacher`].
 
     Raises:
-        ValueError: not a cache, or an incomplete or damaged one.
+        ValueError: the directory is not a cache, or the cache is incomplete or damaged.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -63,7 +63,7 @@ class CachedTeacher:
         return f"teacher cache {self.directory}: {size / 1e6:.1f} MB on disk, read a sample at a time"
 
     def to(self, device: torch.device) -> None:
-        """Nothing to move."""
+        """Does nothing; a cache stays on disk."""
 
     def __contains__(self, sample: Mapping[str, Any]) -> bool:
         ((ids, _),) = _samples(_as_batch(sample))
@@ -103,28 +103,28 @@ def cache_teacher(
 ) -> Path:
     """Write a float model's next-token distributions to disk, for [`DistillationTrainer`] to train without the model.
 
-    For each token, the cache holds the `k` largest log-probabilities and that of all others together, in fp16, and the
-    indices in 16 bits, or in 32 if the vocabulary needs them: `4 * k + 2` or `6 * k + 2` bytes, where fp32 logits take
-    4 times the vocabulary size. Both sizes are logged before anything is written.
+    For each token, the cache holds the `k` largest log-probabilities and the total of all others in fp16, and the
+    indices in 16 bits, or 32 for a vocabulary above 65,536 entries. That is `4 * k + 2` or `6 * k + 2` bytes, compared
+    with 4 times the vocabulary size for fp32 logits. Both sizes are logged before anything is written.
 
-    After an interruption, a call with the same arguments resumes; complete shards are kept.
+    After an interruption, a call with the same arguments resumes and keeps complete shards.
 
     Args:
         teacher: the float model, in memory or offloaded by accelerate.
         data: samples with `input_ids`, such as a dataset, or batches of them, such as a data loader (padding is marked
-            by `attention_mask`). Read twice. The ids must be those that the student will get.
-        directory: where to write; a new or empty one, or a cache of the same teacher and data.
-        k: entries to keep a token.
-        temperature: of the distribution. Training at another one needs another cache, because the entries left out
-            cannot be recomputed from those kept.
-        tokenizer: the teacher's, to be compared with the student's when training starts.
+            by `attention_mask`). They are read twice. The ids must be those that the student will get.
+        directory: a new or empty directory, or an unfinished cache of the same teacher and data.
+        k: entries to keep per token.
+        temperature: temperature of the distribution. Training at another one needs another cache, because the dropped
+            entries cannot be recomputed.
+        tokenizer: the teacher's tokenizer, which is compared with the student's when training starts.
 
     Returns:
         The path of `directory`.
 
     Raises:
-        ValueError: `directory` holds something else, or a cache of another teacher, other data or other settings; or
-            values out of range.
+        ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; or an
+            argument is out of range.
         TypeError: `data` can be read only once.
     """
     source = ModelTeacher(teacher)
@@ -168,15 +168,15 @@ def cache_teacher(
 
 
 def data_fingerprint(data: Iterable[Mapping[str, Any]]) -> str:
-    """Digest of the token ids of samples or batches, in any order."""
+    """Digest of the token ids of samples or batches, independent of their order."""
     return _set_digest(_lengths(data))
 
 
 def _resume(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a cache that is begun in the directory, or else the given one.
+    """The manifest of an unfinished cache in the directory, otherwise the given one.
 
     Raises:
-        ValueError: the directory holds something else, or a cache with other settings.
+        ValueError: the directory holds other files, or a cache with other settings.
     """
     if not directory.exists() or all(path.suffix == ".partial" for path in directory.iterdir()):
         return manifest
@@ -193,7 +193,7 @@ def _resume(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill(teacher: ModelTeacher, data: Iterable[Mapping[str, Any]], shards: _Shards) -> None:
-    """Run the teacher on the samples that a cache lacks, and write its output."""
+    """Run the teacher on the samples missing from a cache and write its output."""
     k, temperature = shards.manifest["k"], shards.manifest["temperature"]
     for batch in tqdm(data, total=len(data) if isinstance(data, Sized) else None, desc="teacher cache", unit="batch"):
         inputs = _as_batch(batch)
@@ -213,11 +213,11 @@ def _fill(teacher: ModelTeacher, data: Iterable[Mapping[str, Any]], shards: _Sha
 
 
 class _Shards:
-    """The files of a cache, whose digests are checked, and samples to be written to the next one.
+    """The shards of a cache, checked against their digests, and samples for the next shard.
 
     Attributes:
-        entries: file, first row and number of rows of each sample in the files, by digest.
-        unwritten: the samples to be written, by digest.
+        entries: shard, first row and number of rows of each written sample, by digest.
+        unwritten: samples for the next shard, by digest.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -260,7 +260,7 @@ class _Shards:
         return sum(tensor.nbytes for sample in self.unwritten.values() for tensor in sample)
 
     def write(self) -> None:
-        """Write the next file and enter it into the manifest."""
+        """Write the next shard and add it to the manifest."""
         path = self.directory / f"shard-{len(self.manifest['shards']):05d}.safetensors"
         indices, log_probs = zip(*self.unwritten.values())
         lengths = torch.tensor([len(rows) for rows in indices])
@@ -317,7 +317,7 @@ def _set_digest(digests: Iterable[bytes]) -> str:
 
 
 def _as_batch(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Ids and mask of a sample or a batch, as a batch."""
+    """Token ids and attention mask of a sample or batch, as a batch."""
     _refuse_other_inputs(sample)
     batch = {name: torch.as_tensor(sample[name]) for name in ("input_ids", "attention_mask") if name in sample}
     return {name: tensor[None] if tensor.ndim == 1 else tensor for name, tensor in batch.items()}
@@ -332,7 +332,7 @@ def _samples(batch: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, 
 
 
 def _lengths(data: Iterable[Mapping[str, Any]]) -> dict[bytes, int]:
-    """Number of tokens of each sample that has a token to predict, by digest."""
+    """Number of tokens of each sample with at least two, by digest."""
     return {_digest(ids): len(ids) for batch in data for ids, _ in _samples(_as_batch(batch)) if len(ids) > 1}
 
 

@@ -1,15 +1,15 @@
-"""The divergence of a student's next-token distribution from a teacher's, and its gradient, in chunks of tokens.
+"""KL divergence between a teacher's and a student's next-token distributions, with its gradient, in chunks of tokens.
 
 Symbols: `M` tokens, `V` vocabulary size, `k` known entries of a teacher, `T` temperature.
 
     KL = T^2 * sum_v p_v * log(p_v / q_v),  p = softmax(teacher / T),  q = softmax(student / T)
     CE = -log softmax(student)[target]
 
-A [`TopK`] teacher is known on a set `K` of `k` entries, and by the mass of all others, which count as one entry:
+A [`TopK`] teacher gives a set `K` of `k` entries and the mass of all others, which count as one entry:
 
     KL = T^2 * (sum_{v in K} p_v * log(p_v / q_v) + p_tail * log(p_tail / q_tail)),  q_tail = sum_{v not in K} q_v
 
-Value and gradient are those of the full KL of a teacher that distributes `p_tail` over the rest as the student does.
+Value and gradient equal the full KL of a teacher that distributes `p_tail` over the other entries as the student does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 
 IGNORED = -100
-"""The target of tokens without a loss, as in `torch.nn.functional.cross_entropy`."""
+"""Target of tokens that are excluded from the loss, as in `torch.nn.functional.cross_entropy`."""
 
 _CHUNK = 1 << 22  # logits
 
@@ -31,7 +31,7 @@ class TopK(NamedTuple):
 
     Attributes:
         indices: token ids of the entries, integers `[M, k]`.
-        log_probs: their log-probabilities, and in the last column that of all other entries together, `[M, k + 1]`.
+        log_probs: their log-probabilities and, in the last column, that of all other entries together, `[M, k + 1]`.
             Rows are normalized before use, so they may be rounded to 16 bits.
     """
 
@@ -40,7 +40,7 @@ class TopK(NamedTuple):
 
 
 class DistillationLoss(NamedTuple):
-    """Sums over tokens: `loss = kl_weight * kl + ce_weight * ce`, and only `loss` has a gradient; fp32 scalars."""
+    """Sums over tokens as fp32 scalars; `loss = kl_weight * kl + ce_weight * ce`, and only `loss` has a gradient."""
 
     loss: torch.Tensor
     kl: torch.Tensor
@@ -56,21 +56,21 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> DistillationLoss:
-    """KL from the teacher and cross entropy of the targets, summed over the tokens whose target is not `IGNORED`.
+    """KL divergence from the teacher and cross entropy, summed over the tokens whose target is not `IGNORED`.
 
     Computed in fp32, a chunk of tokens at a time. If `logits` needs a gradient, **`logits` is overwritten** with it:
-    nothing else of that size is kept, and backward can run only once.
+    no other tensor of that size is kept, and backward can run only once.
 
     Args:
-        logits: the student's, `[..., V]`.
-        targets: the next token at each position, integers of the leading shape of `logits`.
-        teacher: logits of the same shape, or a [`TopK`] of `M` rows at the same temperature; `kl` is 0 without one.
+        logits: the student's logits, `[..., V]`.
+        targets: the next token at each position, integers `[...]`.
+        teacher: logits of the same shape, or a [`TopK`] of `M` rows at the same temperature; with None, `kl` is 0.
         kl_weight: weight of KL in `loss`.
         ce_weight: weight of the cross entropy in `loss`.
         temperature: `T`, which applies to KL only.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not match.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {list(targets.shape)} do not fit logits {list(logits.shape)}.")
@@ -94,7 +94,7 @@ def distillation_loss(
 
 
 def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The `k` largest entries of `softmax(logits / temperature)` of logits `[M, V]`; int64 and fp32."""
+    """The `k` largest entries of `softmax(logits / temperature)` for logits `[M, V]`, as int64 and fp32."""
     indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(len(logits), k + 1, device=logits.device)
     for rows in _chunks(torch.arange(len(logits), device=logits.device), logits.shape[-1]):

@@ -31,10 +31,10 @@ class TeacherOutput:
 
 
 class ModelTeacher:
-    """A float model, frozen. Weights that accelerate offloads are streamed.
+    """A frozen float model. Weights that accelerate offloads are streamed.
 
     Raises:
-        TypeError: not a [`~transformers.PreTrainedModel`].
+        TypeError: the model is not a [`~transformers.PreTrainedModel`].
         ValueError: the model is quantized.
     """
 
@@ -49,7 +49,7 @@ class ModelTeacher:
                 f"The teacher {model.config._name_or_path!r} is GPTQ-quantized itself: load the float model."
             )
         self.model = model.eval().requires_grad_(False)
-        self.is_placed = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate
+        self.is_placed = any(hasattr(module, "_hf_hook") for module in model.modules())  # placed by accelerate
 
     def __str__(self) -> str:
         nbytes: dict[str, int] = {}
@@ -74,7 +74,7 @@ class ModelTeacher:
         return TeacherOutput(logits, states[0] if hidden else None)
 
     def fingerprint(self) -> str:
-        """Digest of a sample of the weights, the same on every device."""
+        """Digest of a sample of the weights, independent of the device."""
         digest = hashlib.sha256()
         for name, module in self.model.named_modules():
             with align_module_device(module):
@@ -96,7 +96,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
 
 @contextmanager
 def last_hidden_state(model: Any, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Collect what a language model passes to its head, one tensor a forward pass."""
+    """Collect the input of a language model's head, one tensor per forward pass."""
     states: list[torch.Tensor] = []
     if not wanted:
         yield states

@@ -1,4 +1,4 @@
-"""Distillation of the float model into an LREC adapter of the quantized one."""
+"""A Trainer that distills the float model into an LREC adapter of the quantized one."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _COMMON = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 class DistillationTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and the weights of [`DistillationTrainer`]'s loss.
 
-    Every term is a mean per predicted token, so a weight has the same effect at every length, batch size and number of
-    accumulation steps. INT2.1 sums KL over a sequence and averages the cross entropy: its weights of 10 (4 bits) to
-    120 (2 bits) for the latter, on sequences of 2048 tokens, are a `ce_weight` of 0.005 to 0.06 here.
+    Every term is a mean per predicted token, so the weights do not depend on sequence length, batch size or number of
+    accumulation steps. INT2.1 sums KL over a sequence and averages the cross entropy: its cross-entropy weights of 10
+    (4 bits) to 120 (2 bits), on sequences of 2048 tokens, correspond to a `ce_weight` of 0.005 to 0.06 here.
 
     Args:
-        kl_weight (`float`): Weight of KL(teacher || student), a mean per token, multiplied by `temperature ** 2`.
-        ce_weight (`float`): Weight of the cross entropy of the next token, a mean per token.
+        kl_weight (`float`): Weight of KL(teacher || student), which is multiplied by `temperature ** 2`.
+        ce_weight (`float`): Weight of the next-token cross entropy.
         hidden_weight (`float`):
-            Weight of the squared difference of the last hidden states, averaged over the features (RILQ, arXiv
-            2412.01129). Needs a live teacher.
-        temperature (`float`): Divides the logits of teacher and student in KL.
+            Weight of the squared difference of the last hidden states, averaged over features (RILQ, arXiv
+            2412.01129). Needs the teacher model, not a cache.
+        temperature (`float`): Temperature that divides the logits of teacher and student in KL.
 
     Raises:
         ValueError: a negative weight, all weights zero, a temperature that is not positive, or
@@ -80,25 +80,25 @@ class DistillationTrainer(Trainer):
 
         loss = kl_weight * KL(teacher || student) + ce_weight * CE + hidden_weight * MSE(last hidden states)
 
-    Each term is a mean per predicted token. Predicted are the tokens whose label is not -100, if `attention_mask`
-    excludes neither them nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if used,
-    `hidden` beside the loss; evaluation averages over all tokens, not over batches.
+    Each term is a mean per predicted token. A token is predicted if its label is not -100 and `attention_mask`
+    excludes neither it nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if used,
+    `hidden` in addition to the loss; evaluation averages over all tokens, not over batches.
 
-    The student's logits are overwritten with their gradient, chunk by chunk, so only one such tensor exists.
+    The student's logits are overwritten with their gradient in chunks, so that only one such tensor exists.
 
     Args:
         model: the student, a causal language model with a trainable LREC adapter.
-        args ([`DistillationTrainingArguments`]): with the weights of the loss.
+        args ([`DistillationTrainingArguments`]): training arguments with the weights of the loss.
         teacher: the float model that was quantized, in memory or offloaded by accelerate (`device_map`,
             `cpu_offload`, `disk_offload`), which streams it block by block; or the directory of a cache written by
-            [`cache_teacher`], which must have every sample to train and evaluate on. Its memory is logged. Not needed
-            if only `ce_weight` is above 0.
-        teacher_processing_class: the teacher's tokenizer, to be compared with `processing_class`. A cache records its
-            own.
+            [`cache_teacher`] with every sample to train and evaluate on. Its memory is logged. Not needed if only
+            `ce_weight` is above 0.
+        teacher_processing_class: the teacher's tokenizer, which is compared with `processing_class`. A cache records
+            its teacher's tokenizer.
         kwargs: as for [`~transformers.Trainer`]. Batches need `labels`.
 
     Raises:
-        TypeError: `args` or `teacher` of another type.
+        TypeError: `args` or `teacher` has the wrong type.
         ValueError: no trainable LREC adapter; a teacher of another architecture, vocabulary or tokenizer; a cache that
             is incomplete, damaged, for other data or another temperature; `hidden_weight` with a cache; options that
             replace the loss.
@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
                 f"One process would use {self.args.n_gpu} GPUs (DataParallel), which DistillationTrainer does not "
                 "support: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts tokens over all accumulation steps
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count tokens over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
         self._reset_logs()
         self._evaluated = self._zero_sums()
@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):
             self._evaluated += torch.cat([values, scored.sum()[None]])
         scale = 1 / scored.sum().clamp(min=1)
         if num_items_in_batch is not None:
-            # gradients are averaged over processes, tokens summed
+            # gradients are averaged over processes, token counts are summed
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             scale = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
         if model.training:
@@ -232,7 +232,7 @@ class DistillationTrainer(Trainer):
         self._trained = torch.zeros(len(self._terms), device=self.args.device)
 
     def _zero_sums(self) -> torch.Tensor:
-        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # of the terms, and the number of tokens
+        return torch.zeros(len(self._terms) + 1, device=self.args.device)  # one per term, and the number of tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         targets = [next_tokens(batch) for batch in batch_samples]
@@ -240,7 +240,7 @@ class DistillationTrainer(Trainer):
 
 
 def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
-    """The token to predict at each position of a batch, `[..., T]`; -100 where there is none.
+    """The token to predict at each position of a batch, `[..., T]`; -100 where there is none or it is masked.
 
     Raises:
         ValueError: the batch has no labels.
@@ -324,7 +324,7 @@ def _check_cache(cache: CachedTeacher, student: Any, args: DistillationTrainingA
 
 
 def _check_samples(cache: CachedTeacher, dataset: Any, name: str) -> None:
-    """Check that a cache has all samples of a dataset, if their ids are known before collation."""
+    """Check that a cache has all samples of a dataset, if it has token ids before collation."""
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             _check_samples(cache, part, f"{name}[{key!r}]")

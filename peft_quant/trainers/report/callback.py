@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that writes the report of a training run."""
+"""A Trainer callback that writes a report of the training run."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from .page import Evaluation, Sample, TrainingReport, format_seconds, write_trai
 
 REPORT = "training_report.html"
 
-# a process has only a part of the model, and cannot run it alone
+# each process holds only a part of the model and cannot run it alone
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class ReportCallback(TrainerCallback, ExportableState):
-    """Writes a report of training, one HTML file that needs nothing else, at every save and at the end.
+    """Writes a training report, a self-contained HTML file, at every save and at the end.
 
-    It has what was trained and how, the curves of what was logged, the memory by part and its measured peak, how far
-    each layer moved, the perplexity before and after, and what the model said to some prompts before and after. Works
-    with [`~transformers.Trainer`] and trainers derived from it, and changes nothing of the training.
+    The report has the settings, curves of the logged values, memory by kind of tensor and its measured peak, how far
+    each layer moved, and perplexity and answers to prompts before and after training. Works with
+    [`~transformers.Trainer`] and its subclasses, and does not affect training.
 
-    "Before" is an evaluation before the first step, which this asks for if the run evaluates at all
-    (`eval_strategy`), or that of a `trainer.evaluate()` before training. A resumed run goes on with its checkpoint's.
+    "Before" is an evaluation before the first step, which the callback requests if the run evaluates at all
+    (`eval_strategy`), or a `trainer.evaluate()` before training. A resumed run takes it from its checkpoint.
 
-    Directories are left out of names and commands, and the values of options that look like secrets. A report that
-    cannot be written is a warning.
+    Names and commands are written without directories and without values of options that look like secrets. If a
+    report cannot be written, a warning is issued.
 
     Args:
-        path: of the report; `training_report.html` in `output_dir` by default.
-        prompts: what to ask the model, as it is given to the tokenizer. Answers are greedy.
-        tokenizer: for the prompts, if the trainer has no `processing_class`.
-        max_new_tokens: of an answer.
+        path: file of the report; `training_report.html` in `output_dir` by default.
+        prompts: prompts, passed to the tokenizer unchanged. Answers are decoded greedily.
+        tokenizer: tokenizer for the prompts; the trainer's `processing_class` by default.
+        max_new_tokens: maximum number of tokens of an answer.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError (from `train`): there are prompts and no tokenizer.
+        ValueError (from `train`): there are prompts but no tokenizer.
 
     Example:
         ```py
@@ -83,13 +83,13 @@ class ReportCallback(TrainerCallback, ExportableState):
         self.prompts = list(prompts)
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
-        self.seconds = 0.0  # of earlier sessions of the run
+        self.seconds = 0.0  # training time of earlier sessions of the run
         self.before: dict[str, Any] = {"losses": {}, "answers": {}}
         self._after: dict[str, Any] = {"losses": {}, "answers": {}}
-        self._started: float | None = None  # while it trains
-        self._logged: int | None = None  # entries of the log until training ended
-        self._sizes: dict[str, int | None] = {}  # samples that were evaluated
-        self._first_evaluation = ExitStack()  # what ends one that only this asked for
+        self._started: float | None = None  # start time, set during training
+        self._logged: int | None = None  # number of log entries at the end of training
+        self._sizes: dict[str, int | None] = {}  # number of evaluated samples
+        self._first_evaluation = ExitStack()  # cleanup after an evaluation requested here
         self._codes: dict[str, torch.Tensor] = {}
         self._memory: dict[str, MemoryRow] = {}
         self._memory_of_step: MemoryReport | None = None
@@ -128,7 +128,7 @@ class ReportCallback(TrainerCallback, ExportableState):
                 args.eval_on_start = True
                 self._first_evaluation.callback(setattr, args, "eval_on_start", False)
                 self._first_evaluation.enter_context(_random_numbers_come_back())
-        # a checkpoint that was written without this callback has no place for it
+        # checkpoints written without this callback have no entry for it
         saved.setdefault(type(self).__name__, self.state())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ class ReportCallback(TrainerCallback, ExportableState):
             known = self._sizes.setdefault(name, size)
             if self._started is not None:
                 self._sizes[name] = size
-                if size != known:  # what was evaluated before training was something else
+                if size != known:  # another set was evaluated before training
                     self.before["losses"].pop(name, None)
             elif size == known:
                 self._after["losses"][name] = loss
@@ -174,7 +174,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         return self.seconds + (0 if self._started is None else time.perf_counter() - self._started)
 
     def _answers(self, model: Any, tokenizer: Any) -> dict[str, str]:
-        """What the model says to the prompts."""
+        """The model's answers by prompt; empty if it cannot be run."""
         answers: dict[str, str] = {}
         if tokenizer is None or AcceleratorState().distributed_type in _SHARDED:
             return answers
@@ -196,7 +196,7 @@ class ReportCallback(TrainerCallback, ExportableState):
 
     def _report(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> TrainingReport:
         method, name = facts.method(model), facts.model_name(model)
-        log = state.log_history[: self._logged]  # what is evaluated later may be something else
+        log = state.log_history[: self._logged]  # later evaluations may be on other data
         return TrainingReport(
             title=f"{method} on {name}" if name else method,
             status=facts.status(state, self._started is not None),
@@ -245,7 +245,7 @@ class ReportCallback(TrainerCallback, ExportableState):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model for evaluation; modes of its modules and random numbers come back."""
+    """Put the model in evaluation mode; restores module modes and random states at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -270,7 +270,7 @@ def _random_numbers_come_back() -> Iterator[None]:
 
 @contextmanager
 def _warn_of_errors(what: str) -> Iterator[None]:
-    """Training is worth more than its report."""
+    """Turn errors of the report into warnings, so that training continues."""
     try:
         yield
     except Exception as error:

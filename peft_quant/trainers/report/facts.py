@@ -1,4 +1,4 @@
-"""What the report of a training run says of a model, its training and its command."""
+"""Facts in a training report about the model, the training and the command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def losses(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The loss of every evaluation set by the prefix of its metrics; of DistillationTrainer's the cross entropy."""
+    """The loss of each evaluation set by metric prefix; for DistillationTrainer, the cross entropy."""
     found = {}
     for key in metrics:
         prefix = key.removesuffix("_runtime")
@@ -61,7 +61,7 @@ def summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[st
     values = sum(p.numel() for p in trained)
     size = sum(_size(p) for p in trained)
     last = {key: value for entry in state.log_history for key, value in entry.items()}
-    tokens = int(state.num_input_tokens_seen or last.get("num_tokens") or 0)  # TRL counts for itself
+    tokens = int(state.num_input_tokens_seen or last.get("num_tokens") or 0)  # TRL counts tokens itself
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = {
         "Method": method(model),
@@ -80,7 +80,7 @@ def summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[st
 
 
 def _base_format(model: Any) -> str | None:
-    """How the base holds its weights, as far as its configuration says."""
+    """Format of the base's weights according to its configuration; None if unknown."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     known = getattr(_active_adapter(model)[0], "base_quantization", None)
     known = known or (config if isinstance(config, dict) else config.to_dict() if config is not None else {})
@@ -124,7 +124,12 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def int8_changes(model: Any, codes: Mapping[str, torch.Tensor]) -> Changes:
-    """How many of the codes that were sampled before training, by the name of the weight, are others now."""
+    """Share of the codes sampled before training that changed, by the name of the layer.
+
+    Args:
+        model: the model.
+        codes: codes sampled before training, by the name of the weight.
+    """
     weights = dict(model.named_parameters())
     shares = {
         name.removesuffix(".weight"): float((sample(weights[name].codes) != before).float().mean())
@@ -154,16 +159,16 @@ def adapter_changes(model: Any) -> Changes | None:
 
 
 def _active_adapter(model: Any) -> tuple[Any, str | None]:
-    """Its configuration and name, if there is one."""
+    """Configuration and name of the active adapter; None for both without one."""
     if not getattr(model, "peft_config", None):
         return None, None
-    names = model.active_adapters  # a method of transformers' models
+    names = model.active_adapters  # a method in transformers' models, a property in PEFT's
     name = (names() if callable(names) else names)[0]
     return model.peft_config[name], name
 
 
 def peak() -> tuple[str, int] | None:
-    """What was held at once so far: on GPUs by PyTorch, else by the whole process."""
+    """Peak memory so far, as a label and bytes: PyTorch's on GPUs, otherwise of the whole process."""
     if torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())
         return "CUDA memory allocated", sum(torch.cuda.max_memory_allocated(device) for device in devices)
@@ -176,7 +181,7 @@ def peak() -> tuple[str, int] | None:
 
 
 def command() -> list[str]:
-    """The words the run was started with, if they say anything."""
+    """The command line without directories and secrets; empty in notebooks and interactive sessions."""
     script, *words = sys.argv or [""]
     if script in ("", "-c") or Path(script).name in _NOTEBOOKS:
         return []

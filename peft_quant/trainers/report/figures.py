@@ -1,4 +1,4 @@
-"""Figures within a page: inline SVG whose colors and font are the page's."""
+"""Figures of a page as inline SVG in the page's colors and font."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# colors that stand for CSS; nothing else is drawn in them
+# placeholder colors that are replaced by CSS; nothing else uses them
 _INK, _GRID = "#0a0b0c", "#0d0e0f"
 _SERIES = ("#1a0b01", "#1a0b02", "#1a0b03", "#1a0b04")
 _CSS = {_INK: "currentColor", _GRID: "var(--line)"} | {
@@ -32,14 +32,14 @@ _STYLE: Any = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_MARKED = 40  # points of a line, up to which each is marked
+_MARKED = 40  # lines of up to this many points have markers
 _SIZE = re.compile(r' (?:width|height)="[^"]*pt"')
 _NAMES = re.compile(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Values over steps, at least one of them; those that are not finite are left out."""
+    """Values over steps, at least one; values that are not finite are not drawn."""
 
     name: str
     steps: Sequence[float]
@@ -47,7 +47,7 @@ class Line:
 
 
 def line_chart(*panels: Sequence[Line]) -> str:
-    """Draw lines over steps, in one panel or several above each other; named in a legend where there are several."""
+    """Draw lines over steps in one or several stacked panels, with a legend in panels of several lines."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     def draw(figure: Any) -> None:
@@ -69,10 +69,10 @@ def line_chart(*panels: Sequence[Line]) -> str:
 
 
 def svg(draw: Any, size: tuple[float, float]) -> str:
-    """A figure as an SVG element of a page.
+    """Render a figure as an SVG element.
 
     Args:
-        draw: draws on a matplotlib figure of that size, in the page's colors by default.
+        draw: function that draws on a matplotlib figure, by default in the page's colors.
         size: width and height in inches.
 
     Raises:

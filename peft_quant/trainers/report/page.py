@@ -1,4 +1,4 @@
-"""The report of a training run: one HTML file that needs nothing else, from plain rows."""
+"""Renders a training report as a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .figures import Line, line_chart, svg
 
 
 _TERMS = {"kl": "KL to the float model", "ce": "cross entropy", "hidden": "hidden states"}
-_LABELS = 40  # of blocks that fit beside each other
+_LABELS = 40  # block labels that fit on an axis
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss on one evaluation set, nats a token where it has a perplexity; None where it is not known."""
+    """The loss on one evaluation set, in nats per token if it has a perplexity; None if unknown."""
 
     name: str
     before: float | None
@@ -33,7 +33,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model says after a prompt; None where it was not asked."""
+    """The model's answers to a prompt before and after training; None if it was not run."""
 
     prompt: str
     before: str | None
@@ -45,8 +45,8 @@ class Changes:
     """How far training moved each layer.
 
     Attributes:
-        what: what the numbers are.
-        layers: a share, by the name of the layer.
+        what: description of the numbers.
+        layers: change as a fraction, by layer name.
     """
 
     what: str
@@ -55,21 +55,21 @@ class Changes:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """A run of training. What is empty or None is left out of the page.
+    """Contents of a training report. Fields that are empty or None are left out of the page.
 
     Attributes:
-        title: of the page.
-        status: how far the run came.
+        title: title of the page.
+        status: progress of the run.
         summary: facts by name.
-        command: the words of the command.
-        log: what was logged, as `trainer.state.log_history` has it: entries with a `step`.
-        memory: the kinds of tensors.
+        command: arguments of the command.
+        log: log entries with a `step`, as in `trainer.state.log_history`.
+        memory: one row per kind of tensor.
         peak: what was measured, and its bytes.
-        changes: of the layers.
-        evaluations: before and after training.
-        samples: of generated text.
-        seconds: of training.
-        versions: by the name of the package.
+        changes: changes of the layers.
+        evaluations: losses before and after training.
+        samples: generated text before and after training.
+        seconds: training time.
+        versions: package versions by name.
     """
 
     title: str
@@ -87,7 +87,7 @@ class TrainingReport:
 
 
 def write_training_report(report: TrainingReport, path: str | os.PathLike[str]) -> Path:
-    """Write the report as an HTML file, which is complete whenever it is there. Directories are made as needed.
+    """Write the report atomically as an HTML file, and create its directory if needed.
 
     Returns:
         The path.
@@ -124,7 +124,7 @@ def _render(report: TrainingReport) -> str:
 
 
 def _tiles(report: TrainingReport) -> list[tuple[str, str, str]]:
-    """The name, value and former value of what a reader looks for first."""
+    """Name, value and former value of the headline figures."""
     tiles = []
     if report.evaluations:
         first = report.evaluations[0]
@@ -146,7 +146,7 @@ def _tiles(report: TrainingReport) -> list[tuple[str, str, str]]:
 
 
 def _charts(log: Sequence[Mapping[str, float]]) -> list[tuple[str, list[list[Line]]]]:
-    """Panels by title, an even number of figures where there are three or more."""
+    """Panels by title. Of four possible charts, three are merged into two, for an even number."""
     evaluations = dict.fromkeys(
         key for entry in log for key in entry if key.startswith("eval_") and key.endswith("_loss")
     )
@@ -179,7 +179,7 @@ def _line(log: Sequence[Mapping[str, float]], key: str, name: str) -> Line | Non
 
 
 def _heat_map(layers: Mapping[str, float]) -> str:
-    """A row for a module, a column for a block, as a page is wide."""
+    """A heat map with a row per module and a column per block, because a page is wide."""
     from matplotlib.ticker import PercentFormatter
 
     labels, modules, cells = grid_of(layers)
@@ -203,7 +203,7 @@ def _heat_map(layers: Mapping[str, float]) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes, in units of a thousand."""
+    """Format a number of bytes in decimal units."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
@@ -211,7 +211,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time, in the two largest units that it has."""
+    """Format a duration in hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -220,7 +220,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700))  # a diverged run has one that no float holds
+    return math.exp(min(loss, 700))  # avoids overflow for diverged runs
 
 
 def _format_number(value: float) -> str:
