@@ -41,7 +41,7 @@ METHODS = {
     "lrec-svd": ("lrec", "svd"),
     "lrec-whitened": ("lrec", "whitened"),
 }
-"""`method` and `init` of the CSV for each row of `quality/lrec.py`; those on the task are no part of the table."""
+"""`method` and `init` of the CSV for each row of `quality/lrec.py`; rows on the task are not in the table."""
 UNTRAINED = ("float", "gptq", "eora", "svd", "whitened")
 
 
@@ -124,7 +124,7 @@ def _command(options: dict[str, Any], row: str) -> str:
 
 
 Cells = dict[tuple[str, ...], dict[str, list[float]]]
-"""Perplexities of the seeds by corpus, of rows (method, init, bits, group, tokens trained on, options if LREC)."""
+"""Perplexity of each seed, by corpus and by row (method, init, bits, group, training tokens, options if LREC)."""
 
 
 def show(directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 SCALE_DELTAS = "peqa_scales"
 LOW_RANK = ("lora_A.weight", "lora_B.weight")
-"""The parameters of an adapted layer, as they are named in the file of an adapter."""
+"""Names of an adapted layer's parameters in an adapter's file."""
 
 PEFT_PREFIX = "base_model.model."
 _IN_BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<position>\d+)\.(?P<layer>.+)")

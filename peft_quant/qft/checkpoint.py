@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PARTS = ("codes", "scales", "outlier_columns", "outlier_values")
 PATTERNS = {rf"\.{part}$": part for part in PARTS}
-"""The parts by the pattern of their names, in the form of transformers' conversions."""
+"""Parts of a weight, by name pattern as in transformers' conversions."""
 
 
 def part_names(name: str) -> list[str]:

@@ -41,7 +41,7 @@ def _in_blocks(x: torch.Tensor) -> torch.Tensor:
 
 
 def _words(elements: slice, key: int, device: torch.device) -> torch.Tensor:
-    """Random words `[blocks, BLOCK]`."""
+    """Random int32 words `[blocks, BLOCK]`, one per element."""
     stop = blocks_of(elements.stop) * BLOCK
     return random_words(elements.start, stop, key, device).view(-1, BLOCK)
 

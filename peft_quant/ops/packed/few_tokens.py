@@ -51,7 +51,7 @@ def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of tokens `[M, K]` and scales `[G, N]`, with a table of the weight."""
+"""Function of tokens `[M, K]` and scales `[G, N]` that multiplies with the weight's table."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ class Covariances(NamedTuple):
     """Covariances of one layer's inputs: `mean(x x^T)`, fp32 `[K, K]`."""
 
     fit: torch.Tensor
-    """over three sequences of four"""
+    """over three of every four sequences"""
     held_out: torch.Tensor
-    """over the others"""
+    """over the remaining sequences, which are held out"""
 
 
 @dataclass
