@@ -1,11 +1,11 @@
-"""The cells of the documentation's table, one after another, then the table and the plot.
+"""Measures the cells of the documentation's table one after another, then prints the table and draws the plot.
 
     python benchmarks/bench.py --only "--peer (ours|peft)" --deadline 500
-    python benchmarks/bench.py --deadline 0      # names the cells
-    python benchmarks/bench.py -- --shape tiny   # options for every cell, as here for a machine without a GPU
+    python benchmarks/bench.py --deadline 0      # lists the cells
+    python benchmarks/bench.py -- --shape tiny   # options for every cell, here for a machine without a GPU
 
-Every cell is a call of `train_step.py`, in its own process. Those that failed (exit code 1) or found no time are named
-at the end.
+Every cell is a call of `train_step.py` in its own process. Cells that failed (exit code 1) or did not fit into the
+deadline are listed at the end.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ CELLS = (
     f"--peer gptqmodel --method peqa {LEAN}",
     f"--peer hqq --method lora --checkpointing 0 {LEAN} {ADAM8}",
     f"--peer hqq --method lora --checkpointing 1 {LEAN} {ADAM8}",
-    # kept activations in CPU memory
+    # saved activations in CPU memory
     f"--peer ours --method lrec --checkpointing 1 --offload {FAST} {ADAM8}",
     f"--peer unsloth --method lora --checkpointing 1 --offload {ADAM8}",
-    # fused kernels that hold fewer tensors
+    # fused kernels with fewer live tensors
     f"--peer ours --method lrec --checkpointing 1 {LEANEST} {ADAM8}",
     f"--peer ours --method lrec --checkpointing 1 --offload {LEANEST} {ADAM8}",
     f"--peer ours --method lrec --bits 2 --checkpointing 1 {LEANEST} {ADAM8}",
@@ -68,10 +68,10 @@ CELLS = (
     f"--peer ours --method lrec --seq 512 --checkpointing 0 {GRAPHS} --optimizer torchao-adamw8bit",
     f"--peer unsloth --method lora --seq 512 --checkpointing 0 {ADAM8}",
     f"--peer bitsandbytes --method lora --seq 512 --checkpointing 0 {FAST} {ADAM8}",
-    # a step of LREC's correction
+    # a distillation step of LREC
     f"--peer ours --method lrec --correction {CORRECTION} --compile default --recompute-pointwise {ADAM8}",
     f"--peer gptqmodel --method lora {CORRECTION} {LEAN} {ADAM8}",
-    # all parameters trained, 1 x 2048 tokens
+    # full fine-tuning, 1 x 2048 tokens
     f"--peer ours --method qft-stack --checkpointing 1 {FAST}",
     f"--peer ours --method qft-fused --checkpointing 1 {FAST}",
     f"--peer ours --method qft-stack {FULL}",
@@ -89,13 +89,13 @@ CELLS = (
     f"--peer bitsandbytes --method full --checkpointing 1 {FAST} --optimizer lion8bit --in-backward",
     # the 65B shape
     f"--peer ours --method peqa --shape 65b --group -1 --checkpointing 1 {FAST}",
-    # without compiling, and with PyTorch's loss
+    # without compilation, with PyTorch's loss
     "--peer ours --method peqa",
     "--peer ours --method lora",
     "--peer ours --method lrec",
     f"--peer ours --method lrec --checkpointing 1 {ADAM8}",
     "--peer peft --method lora",
-    # what the estimate of memory is compared with
+    # compared with the memory estimate
     *(
         f"--peer {peer} --method {method} --shape {shape} --checkpointing 1"
         for shape in ("1b", "7b", "13b")
@@ -112,7 +112,7 @@ CELLS = (
     "--peer ours --method lrec --shape 1b --checkpointing 0",
     "--peer ours --method lrec --shape 1b --checkpointing 1 --batch 4",
 )
-SHORTEST = 20  # seconds: no cell gets through in less
+SHORTEST = 20  # seconds that any cell takes at least
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Packed products on a CPU, against `nn.Linear` and gptqmodel's layers in the same run.
+"""Packed products on a CPU, compared with `nn.Linear` and gptqmodel's layers in the same run.
 
     python benchmarks/cpu.py --out benchmarks/results
 
-The contestants take turns, in another order each round, since each finds the caches as the one before left them; times
-are medians. gptqmodel's inference kernels compute in bf16. Decoding is against a copy of the dense weight.
+The contestants take turns, in a different order each round, because each one finds the caches as the previous one left
+them; times are medians. gptqmodel's inference kernels compute in bf16. Decoding is compared with copying the dense
+weight.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FORMATS = ((4, 128), (2, 128), (3, 128), (8, 128), (4, 32), (4, SIZE))
 
 
 def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of each."""
+    """Median microseconds of each contestant."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 3):
         for name, run in random.sample(list(contestants.items()), len(contestants)):
@@ -49,7 +50,7 @@ def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def random_weight(bits: int, group_size: int) -> ops.PackedWeight:
-    """Symmetric, `gptq_v2`."""
+    """A random symmetric weight in the `gptq_v2` format."""
     groups = SIZE // group_size
     qweight = torch.randint(-(2**31), 2**31 - 1, (SIZE * bits // 32, SIZE), dtype=torch.int32)
     qzeros = pack_zeros(torch.full((groups, SIZE), 1 << (bits - 1)), bits, 0)

@@ -1,10 +1,10 @@
-"""`peft-quant estimate` against peaks that were measured: the documentation's table, from `results/train_step.csv`.
+"""Compares `peft-quant estimate` with measured peaks: the documentation's table, from `results/train_step.csv`.
 
     python benchmarks/estimate.py
     python benchmarks/estimate.py --shape 1b
 
-Compared are all cells that train as the estimate assumes: without compilation, with PyTorch's loss, kept activations
-on the GPU. Of several runs of a cell the median counts. Nothing runs on a GPU. GB = 1e9 bytes.
+Covers all cells that train as the estimate assumes: without compilation, with PyTorch's loss, saved activations on the
+GPU. A cell with several runs counts with their median. Nothing runs on a GPU. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ class Cell(NamedTuple):
     optimizer: str
 
     def estimate(self) -> float:
-        """GB."""
+        """Estimated peak in GB."""
         options = self._asdict()
         shape = SHAPES[options.pop("shape")]
         del options["gpu"]
         config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **shape)
-        with redirect_stdout(sys.stderr):  # packages greet
+        with redirect_stdout(sys.stderr):  # banners of packages
             return estimate_memory(config, **options).total / 1e9
 
 
 def measured(directory: Path) -> dict[Cell, float]:
-    """GB, of every cell that was measured on a GPU."""
+    """Measured peak in GB of every cell that ran on a GPU."""
     runs = defaultdict(list)
     with (directory / "train_step.csv").open(encoding="utf-8") as file:
         for line in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""One cell: a model trained for a few steps, their times and peak memory."""
+"""Measures one cell: times and peak memory of a few training steps."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from peft_quant.trainers.distillation.loss import IGNORED, distillation_loss, to
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
-# what each peer packs, where --bits and --group do not say it
+# bits and group size of each peer that ignores --bits and --group
 FORMATS = {"peft": (16, None), "bitsandbytes": (4, 64), "unsloth": (4, 64)}
-# what all parameters of a model are, where all are trained
+# bits and group size of the parameters in full fine-tuning
 WHOLE = {"full": (16, None), "qft-stack": (8, -1), "qft-fused": (8, -1)}
 
 
 def mark() -> Any:
-    """A point in the work given to the device."""
+    """A timestamp in the device's queue of work."""
     if DEVICE == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -61,10 +61,10 @@ def size(tensor: torch.Tensor) -> int:
 
 
 def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
-    """Checkpointing, Liger's loss and compilation, as the cell asks."""
+    """Set up checkpointing, Liger's loss and compilation as the cell's options say."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if cell.checkpointing and cell.peer != "unsloth":
-        # nothing random in a block, so that no random state need be kept
+        # blocks use no randomness, so no random state has to be saved
         base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if cell.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -82,8 +82,8 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
         layers = base.model.layers
         options = {"fullgraph": cell.peer in ("ours", "peft"), "mode": cell.compile}
         for i, block in enumerate(layers):
-            # Checkpointing around compiled code shows the offloading inputs of blocks alone, no packed weights; and
-            # before PyTorch 2.13, compiled with a block, it does not recompute what is in other people's Functions.
+            # With checkpointing outside the compiled code, offloading sees only the inputs of blocks, not packed
+            # weights; and before PyTorch 2.13 checkpointing inside it does not recompute third-party Functions.
             if cell.offload or cell.peer not in ("ours", "peft"):
                 block.forward = torch.compile(block.forward, **options)
             else:
@@ -91,8 +91,8 @@ def prepare(model: nn.Module, cell: argparse.Namespace) -> None:
 
 
 def offloading(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """A context in whose forward passes kept activations go to CPU memory, and come back for backward."""
-    if DEVICE == "cpu":  # they are there already
+    """A context in which activations saved in forward are moved to CPU memory, and back for backward."""
+    if DEVICE == "cpu":
         return contextlib.nullcontext()
     from trl.models.activation_offloading import OffloadActivations
 
@@ -102,7 +102,7 @@ def offloading(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def peak_bytes(cell: argparse.Namespace) -> int | None:
-    """Peak of what tensors held; with CUDA graphs, whose memory is not counted among them, of what was reserved."""
+    """Peak of allocated memory; with CUDA graphs, whose memory does not count as allocated, of reserved memory."""
     if DEVICE == "cpu":
         return None
     if cell.compile == "reduce-overhead":
@@ -127,7 +127,7 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
     model = build(cell, DEVICE).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     gc.collect()
-    # of adapters the base, else all there is
+    # for adapters the base only, otherwise the whole model
     model_bytes = allocated(model) - (0 if cell.method in WHOLE else sum(map(size, trainable)))
     prepare(model, cell)
     optimizer = make_optimizer(cell, trainable)
@@ -190,7 +190,7 @@ def measure(cell: argparse.Namespace, build: Callable[[argparse.Namespace, str],
 
 
 def profile(step: Callable[[], Any], steps: int = 3, rows: int = 30) -> None:
-    """Print what a step keeps the GPU and the host's processor busy with."""
+    """Print a profile of a step, on the GPU and on the host."""
     synchronize()
     start = time.perf_counter()
     for _ in range(steps):

@@ -1,11 +1,11 @@
-"""Packed operators on a GPU, against the copy bandwidth and bf16 products of the same run.
+"""Packed operators on a GPU, compared with copy bandwidth and bf16 products in the same run.
 
     python benchmarks/operators.py --out benchmarks/results
 
 Times are medians of `triton.testing.do_bench`; with one to 32 tokens, of CUDA graphs, because launches would take
-longer than the work. Bytes count what an operator must move at least. `share_of_copy` is of the speed of a large copy;
-the rows `copy` with a shape are copies of as many bytes as the decoding above them moves. Rows named
-int8 are QFT's, of a weight `[N, K]`; `--qft` measures them alone.
+longer than the work. Bytes are the least that an operator must move. `share_of_copy` is relative to the speed of a
+large copy; a row `copy` with a shape copies as many bytes as the decoding in the row above moves. Rows named int8 are
+QFT's, on a weight `[N, K]`; `--qft` measures only these.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def random_weight(bits: int, rows: int, columns: int, group_size: int) -> ops.Pa
 
 
 def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -> None:
-    """Decoding, encoding and Lion on one weight, and bitsandbytes' Lion8bit beside them."""
+    """Measure decoding, encoding and Lion on one weight, and bitsandbytes' Lion8bit for comparison."""
     cell = {"bits": 8, "K": in_features, "N": out_features}
     weight = torch.randn(out_features, in_features, device="cuda") * 0.02
     gradient = torch.randn_like(weight).bfloat16()
@@ -95,7 +95,7 @@ def qft_rows(report: Callable[..., None], out_features: int, in_features: int) -
         parameter = torch.nn.Parameter(weight.bfloat16())
         parameter.grad = gradient
         lion = bitsandbytes.optim.Lion8bit([parameter], lr=1e-5)
-        # weight and momentum read and written, gradient read; momentum has a scale every 256
+        # weight and momentum are read and written, the gradient is read; momentum has one scale per 256 elements
         report("lion", "bitsandbytes", microseconds(lion.step), n * 8 + n // 256 * 8, **cell)
 
 

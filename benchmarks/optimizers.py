@@ -1,4 +1,4 @@
-"""What the cells of `train_step.py` step with. Packages are imported where they are used: a peer's comes first."""
+"""Optimizers of the cells of `train_step.py`. Packages are imported lazily, because a peer's must come first."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_NORM = 1.0
 
 
 def make_optimizer(cell: argparse.Namespace, parameters: list[nn.Parameter]) -> Any:
-    """An optimizer, or something with its `step` and `zero_grad`, as the cell asks.
+    """The cell's optimizer, or an object with the same `step` and `zero_grad`.
 
-    A `qft-stack` step clips by the norm of all gradients, which the mode is for.
+    A `qft-stack` step clips by the norm of all gradients, which is the purpose of that mode.
     """
     if cell.method.startswith("qft"):
         from peft_quant import QuantizedLion
@@ -84,7 +84,7 @@ class _Clipping:
 
 
 class _InBackward:
-    """Steps every parameter as soon as its gradient exists, and keeps no gradient (as LOMO, Lv et al., 2306.09782)."""
+    """Updates every parameter as soon as its gradient exists, and keeps none (LOMO, Lv et al., arXiv 2306.09782)."""
 
     def __init__(
         self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -1,11 +1,11 @@
-"""The documentation's pictures, from the tables in `results`.
+"""Draws the documentation's plots from the tables in `results`.
 
     python benchmarks/plot.py [DIRECTORY]
 
-`memory_speed.png`, of `train_step.csv`: peak memory against speed, on the 7B shape, 1 x 2048 tokens. For every peer,
+`memory_speed.png`, from `train_step.csv`: peak memory against speed, on the 7B shape, 1 x 2048 tokens. For every peer,
 method and bit width, the fastest settings.
 
-`memory_quality.png`, of `quality.csv`: the bytes of SmolLM2-135M against its perplexity on held-out text, mean of the
+`memory_quality.png`, from `quality.csv`: the size of SmolLM2-135M against its perplexity on held-out text, mean over
 seeds.
 """
 
@@ -41,11 +41,11 @@ COLORS = {
     "unsloth": "tab:red",
 }
 
-# SmolLM2-135M: inputs and outputs of the matrices of a block, and the bf16 values that stay as they are
+# SmolLM2-135M: inputs and outputs of the matrices of a block, and the bf16 values that are not quantized
 BLOCKS = 30
 MATRICES = (*2 * [(576, 576)], *2 * [(576, 192)], *2 * [(576, 1536)], (1536, 576))
-OTHER_VALUES = 49152 * 576 + 61 * 576  # embeddings, which are the head too, and norms
-BRANCHES = {  # rows of the table, but for bits and groups: name, marker, color
+OTHER_VALUES = 49152 * 576 + 61 * 576  # embeddings (tied to the head) and norms
+BRANCHES = {  # rows of the table, without bits and groups: name, marker, color
     ("eora", "eora", "0"): ("EoRA", "D", "tab:orange"),
     ("lora", "zero", "819200"): ("LoRA, text alone", "s", "tab:green"),
     ("rilq", "svd", "819200"): ("RILQ's loss", "v", "tab:purple"),
@@ -56,7 +56,7 @@ RANK = 32
 
 
 def fastest(directory: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
-    """(peak GB, tokens/s) of every (peer, method, bits), by checkpointing, on the GPU measured last."""
+    """(peak GB, tokens/s) of every (peer, method, bits), by checkpointing, on the most recently measured GPU."""
     rows = {row: cells for row, cells in table.read(directory).items() if not row.gpu.startswith("cpu")}
     gpu = list(rows)[-1].gpu if rows else None
     points: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
@@ -72,10 +72,10 @@ def fastest(directory: Path) -> dict[tuple[str, str, str], dict[str, tuple[float
 
 
 def megabytes(bits: int = 16, group: int = 0, rank: int = 0) -> float:
-    """Size of SmolLM2-135M: packed layers as in a GPTQ checkpoint, an adapter in fp32, everything else in bf16.
+    """Size of SmolLM2-135M in MB: packed layers as in a GPTQ checkpoint, an adapter in fp32, the rest in bf16.
 
-    A matrix of K inputs and N outputs takes `bits * K * N` bits of integers, for each of its `K / group * N` scales 16
-    bits and a zero point of `bits`, 32 K for the groups of its rows, and an adapter `32 * rank * (K + N)`.
+    A matrix with K inputs and N outputs takes `bits * K * N` bits for integers, 16 bits and a zero point of `bits` for
+    each of its `K / group * N` scales, and 32 K bits for the groups of its rows; an adapter `32 * rank * (K + N)`.
     """
     total = 16 * OTHER_VALUES
     for inputs, outputs in MATRICES * BLOCKS:
@@ -160,7 +160,7 @@ def draw_speed(directory: Path) -> None:
 
 
 def place_labels(axes: plt.Axes, labels: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Label each point where no marker and no other label is, as near to it as there is room."""
+    """Label each point as close to it as possible without covering markers or other labels."""
     places = [axes.transData.transform(place) for place, _, _ in labels]
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
     shifts = sorted(itertools.product(range(-60, 61, 3), repeat=2), key=lambda shift: math.hypot(*shift))

@@ -1,12 +1,12 @@
-"""Quality of LREC and QFT: records what `quality/lrec.py` and `quality/qft.py` measured, and prints the tables.
+"""Quality of LREC and QFT: records the results of `quality/lrec.py` and `quality/qft.py`, and prints the tables.
 
     python benchmarks/quality/lrec.py --bits 2 --asymmetric --output 2bit.json
     python benchmarks/quality/qft.py --output qft.json
     python benchmarks/quality.py 2bit.json qft.json   # appends, then prints
     python benchmarks/quality.py                      # prints
 
-A cell is the mean over seeds, with the largest deviation from it where there are several. Beside it is, for LREC, the
-part of the gap between GPTQ and float that it closes; for QFT, its difference from Lion in fp32.
+A cell is the mean over seeds, with the largest deviation from the mean if there are several seeds. Next to it is, for
+LREC, the part of the gap between GPTQ and float that it closes; for QFT, its difference from Lion in fp32.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ METHODS = {
     "lrec-svd": ("lrec", "svd"),
     "lrec-whitened": ("lrec", "whitened"),
 }
-"""`method` and `init` of the CSV for each row of `quality/lrec.py`; those on the task are no part of the table."""
+"""`method` and `init` of the CSV for each row of `quality/lrec.py`; rows on the task are not in the table."""
 UNTRAINED = ("float", "gptq", "eora", "svd", "whitened")
 
 
 def record(file: Path, directory: Path) -> None:
-    """Append the rows of a run."""
+    """Append the rows of a run to the table."""
     run = json.loads(file.read_text(encoding="utf-8"))
     gpu, _, packages = run["versions"].partition("; ")
     where = f"{packages}; {gpu}".replace(", ", "; ")
@@ -86,7 +86,7 @@ def _record_lrec(run: dict[str, Any], where: str, directory: Path) -> None:
 
 
 def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
-    """Full fine-tuning: `method` is the name of a row, `bits` those of its weights."""
+    """Append rows of full fine-tuning: `method` is the name of a row, `bits` the bits of its weights."""
     options = run["options"]
     names = ("text", "steps", "batch_size", "sequence_length", "windows", "dtype")
     words = [QFT_COMMAND, *(f"--{name.replace('_', '-')} {options[name]}" for name in names)]
@@ -112,7 +112,7 @@ def _record_full(run: dict[str, Any], where: str, directory: Path) -> None:
 
 
 def _command(options: dict[str, Any], row: str) -> str:
-    """The command for one row."""
+    """The command that measures one row."""
     words = [LREC_COMMAND]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -124,7 +124,7 @@ def _command(options: dict[str, Any], row: str) -> str:
 
 
 Cells = dict[tuple[str, ...], dict[str, list[float]]]
-"""Perplexities of the seeds by corpus, of rows (method, init, bits, group, tokens trained on, options if LREC)."""
+"""Perplexity of each seed, by corpus and by row (method, init, bits, group, training tokens, options if LREC)."""
 
 
 def show(directory: Path) -> None:
@@ -137,7 +137,7 @@ def show(directory: Path) -> None:
 
 
 def read(directory: Path) -> tuple[Cells, list[dict[str, str]]]:
-    """Rows on held-out text: LREC's perplexities, and the lines of full fine-tuning."""
+    """Read the rows on held-out text: LREC's perplexities, and the lines of full fine-tuning."""
     with (directory / "quality.csv").open(encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["split"] == "held-out"]
     cells: Cells = defaultdict(lambda: defaultdict(list))
@@ -148,7 +148,7 @@ def read(directory: Path) -> tuple[Cells, list[dict[str, str]]]:
 
 
 def show_lrec(cells: Cells) -> None:
-    """Print perplexities, a table for each base."""
+    """Print perplexities, one table per base."""
     floor = next(row for row in cells if row[0] == "float")
     for base in (row for row in cells if row[0] == "gptq"):
         print(f"\n{base[2]} bits, groups of {base[3]}\n\n| | " + " | | ".join(CORPORA.values()) + " | |")
@@ -173,7 +173,7 @@ def _row(line: dict[str, str]) -> tuple[str, ...]:
 
 
 def _place(row: tuple[str, ...]) -> tuple[bool, int]:
-    """What is not trained first, then as in `METHODS`."""
+    """Sort key: untrained models first, then the order of `METHODS`."""
     return row[4] != "0", list(METHODS.values()).index(row[:2])
 
 
@@ -193,7 +193,7 @@ def _cells(values: list[float], base: float, floor: float) -> tuple[str, str]:
 
 
 def show_full(lines: list[dict[str, str]]) -> None:
-    """Print losses of full fine-tuning, nats a token, a column for each text tuned on."""
+    """Print losses of full fine-tuning in nats per token, one column per training text."""
     losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["corpus"] != "Wikipedia":

@@ -1,4 +1,4 @@
-"""Llamas of random weights: nothing is downloaded."""
+"""Llamas with random weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class RandomPackedLinear(nn.Module):
-    """A GPTQ layer of random codes, symmetric, v1 zero points."""
+    """A symmetric GPTQ layer of random codes, with v1 zero points."""
 
     def __init__(self, rows: int, columns: int, bits: int, group_size: int, device: str) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ def make_llama(
 
     Args:
         shape: one of `SHAPES`.
-        device: where its tensors are.
-        quantize: makes the layer that takes the place of a linear layer of a decoder block.
-        dense: whether `quantize` gets layers with weights. Without, they are on the meta device.
+        device: device of its tensors.
+        quantize: returns the replacement for a linear layer of a decoder block.
+        dense: whether `quantize` gets layers with weights; otherwise they are on the meta device.
     """
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **SHAPES[shape])
     config._attn_implementation = "sdpa"
@@ -85,7 +85,7 @@ def make_llama(
 
 
 def save(shape: str, directory: Path) -> None:
-    """Write a dense model and a tokenizer of bytes, for packages that train from checkpoints only."""
+    """Write a dense model and a byte tokenizer, for packages that train only from checkpoints."""
     part = directory.with_suffix(".part")
     make_llama(shape, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(part)
     alphabet = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

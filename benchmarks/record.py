@@ -1,4 +1,4 @@
-"""Appending measurements to the CSV files under `results/`, with what they were measured on."""
+"""Appends measurements to the CSV files under `results/`, with the hardware and versions they were measured on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device_name() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Versions of the packages that are installed, as `name version; ...`."""
+    """Versions of the given packages that are installed, as `name version; ...`."""
     found = []
     for package in ("torch", "triton", "peft", "transformers", *packages):
         try:
@@ -39,7 +39,7 @@ def versions(*packages: str) -> str:
 
 
 def _command() -> str:
-    """The command of this process, but for where it writes."""
+    """The command line of this process, without the output directory."""
     arguments = sys.argv.copy()
     if "--out" in arguments:
         position = arguments.index("--out")
@@ -51,7 +51,7 @@ def append(table: str, directory: Path, **row: Any) -> None:
     """Append one row; columns that are not given stay empty.
 
     Raises:
-        KeyError: a column the table does not have.
+        KeyError: the table does not have a column.
     """
     columns = COLUMNS[table].split(",")
     unknown = row.keys() - set(columns)

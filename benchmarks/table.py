@@ -1,4 +1,4 @@
-"""The documentation's table of training steps, from `results/train_step.csv`: the fastest run of each cell.
+"""Prints the documentation's table of training steps, from `results/train_step.csv`: the fastest run of each cell.
 
 python benchmarks/table.py [DIRECTORY]
 """
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 
 
 def read(directory: Path) -> dict[Row, dict[str, Cell]]:
-    """The cells of every row of the table, by checkpointing."""
+    """Read the cells of every row of the table, by checkpointing."""
     runs = defaultdict(list)
     with (directory / "train_step.csv").open(encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -64,13 +64,13 @@ def read(directory: Path) -> dict[Row, dict[str, Cell]]:
             runs[row, line["checkpointing"]].append((line["step_ms"], line["peak_gb"]))
     rows: dict[Row, dict[str, Cell]] = defaultdict(dict)
     for (row, checkpointing), measured in runs.items():
-        milliseconds, peak = min(measured, key=lambda run: float(run[0]))  # other load only ever adds to it
+        milliseconds, peak = min(measured, key=lambda run: float(run[0]))  # other load can only slow it down
         rows[row][checkpointing] = Cell(float(milliseconds), float(peak) if peak else None)
     return rows
 
 
 def _place(item: tuple[Row, dict[str, Cell]]) -> tuple[object, ...]:
-    """The 7B shape first, adapters before whole models, ours before peers, the fastest first."""
+    """Sort key: the 7B shape first, adapters before full fine-tuning, ours before peers, the fastest first."""
     row, cells = item
     whole = row.method.startswith(("qft", "full"))
     fastest = min(cell.milliseconds for cell in cells.values())
@@ -78,7 +78,7 @@ def _place(item: tuple[Row, dict[str, Cell]]) -> tuple[object, ...]:
 
 
 def show(directory: Path) -> None:
-    """Print a table for each GPU."""
+    """Print one table per GPU."""
     rows = read(directory)
     for gpu in dict.fromkeys(row.gpu for row in rows):
         print(f"\n{gpu}: milliseconds a step / peak GB\n")

@@ -1,24 +1,24 @@
-"""One training step of a Llama of random weights: time and peak memory.
+"""Time and peak memory of one training step of a Llama with random weights.
 
     python benchmarks/train_step.py --method peqa lora --bits 4 --seq 2048 --checkpointing 0 1
     python benchmarks/train_step.py --method lora --peer peft bitsandbytes --compile default --liger
     python benchmarks/train_step.py --method qft-stack qft-fused --checkpointing 1
     python benchmarks/train_step.py --method full --peer bitsandbytes --optimizer lion8bit --in-backward
 
-| method | what trains |
+| method | what is trained |
 |---|---|
 | `peqa` | fp32 deltas of all scales; on gptqmodel's layers, the bf16 scales themselves |
 | `lora` | PEFT's LoRA (fp32, autocast to bf16); ours on layers of `prepare_gptq_for_training` |
 | `lrec` | the same shapes as `lora`, through `LRECConfig` |
-| `qft-stack` | all of an int8 model, with int8 gradients, clipped by their norm, and QuantizedLion |
+| `qft-stack` | all parameters of an int8 model, with int8 gradients, clipped by their norm, and QuantizedLion |
 | `qft-fused` | the same, each gradient used within backward |
-| `full` | all of a bf16 model |
+| `full` | all parameters of a bf16 model |
 
-`--peer` says whose quantized layers: see `benchmarks/peers`. A peer that is not installed is skipped. Several peers or
-methods run in a process each.
+`--peer` selects whose quantized layers to use: see `benchmarks/peers`. A peer that is not installed is skipped. With
+several peers or methods, each runs in its own process.
 
-A step is forward, backward, optimizer and zero_grad; medians over --steps times --repeat after three steps to warm up,
-without synchronization between them. GB = 1e9 bytes. Times and peaks are of the steps, not of loading.
+A step is forward, backward, optimizer and zero_grad; medians over --steps times --repeat after three warm-up steps,
+without synchronization between them. GB = 1e9 bytes. Times and peaks exclude loading.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from peers import METHODS
 
 
 OWN_SETTINGS = ("compile", "liger", "recompute_pointwise", "max_fusion_buffers")
-# as importing gptqmodel or unsloth sets it, before torch: a tensor takes no more than its own bytes
+# before importing torch, as gptqmodel and unsloth set it: a tensor takes no more than its own bytes
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def as_options(parser: argparse.ArgumentParser, arguments: dict[str, object]) -> list[str]:
-    """The command line that says the same; defaults are left out."""
+    """The equivalent command line, without defaults."""
     options = []
     for name, value in arguments.items():
         if value != parser.get_default(name):
@@ -99,8 +99,8 @@ def as_options(parser: argparse.ArgumentParser, arguments: dict[str, object]) ->
 
 
 def measure_cells(arguments: argparse.Namespace) -> None:
-    """The cells of one peer and one method, in this process."""
-    peer = importlib.import_module(f"peers.{arguments.peer}")  # before torch: unsloth patches what it finds
+    """Measure the cells of one peer and one method in this process."""
+    peer = importlib.import_module(f"peers.{arguments.peer}")  # before torch, because unsloth patches other packages
     import torch
     from measure import measure
 

@@ -1,4 +1,4 @@
-"""Old names and module paths, which work until the next release and warn. Imports nothing heavy."""
+"""Deprecated names and module paths, which work until the next release, with a warning. Imports nothing heavy."""
 
 import sys
 import warnings
@@ -28,11 +28,11 @@ MODULES = {
     "peft_quant.tuners.lrec.teacher": "peft_quant.trainers.distillation.cache",
     "peft_quant.tuners.peqa.merge": "peft_quant.export.merge",
 }
-"""Old module paths and the modules that have their public names."""
+"""Old module paths, and the modules that now have their public names."""
 
 
 def new_name(name: str) -> str:
-    """The name in this release of what `peft_quant` offers, with a warning if it is another one."""
+    """The current name of a member of `peft_quant`; warns if the given one is old."""
     if name not in NAMES:
         return name
     _warn(f"peft_quant.{name}", f"peft_quant.{NAMES[name]}", stacklevel=4)
@@ -40,7 +40,7 @@ def new_name(name: str) -> str:
 
 
 def find_old_modules() -> None:
-    """Let `import` find the old module paths."""
+    """Make the old module paths importable."""
     sys.meta_path.insert(0, _OldModules())
 
 

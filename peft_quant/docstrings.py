@@ -1,4 +1,4 @@
-"""Help of configuration fields, which is written in docstrings alone."""
+"""Help texts of configuration fields, taken from docstrings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Class = TypeVar("_Class")
 
 
 def help_from_docstring(config_class: type[_Class]) -> type[_Class]:
-    """Give the fields of a dataclass, but inherited ones, their text under `Args` as `metadata["help"]`.
+    """Set `metadata["help"]` of a dataclass's own (not inherited) fields to their text under `Args`.
 
     Raises:
-        KeyError: a field that the docstring does not have.
+        KeyError: a field is not in the docstring.
     """
     if config_class.__doc__ is None:  # `python -OO`
         return config_class

@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all."""
+"""Atomic writing of files and directories."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 @contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file that takes the place of `path` once it is complete.
+    """Write a file that replaces `path` once it is complete.
 
-    Yields a temporary path beside it, whose file is removed if an error is raised.
+    Yields a temporary path next to it, whose file is removed if an error is raised.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.partial")
@@ -27,16 +27,16 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def require_space(path: str | os.PathLike[str], needed: int, what: str, way_out: str) -> None:
-    """Check that a disk has room.
+    """Check that a disk has enough free space.
 
     Args:
-        path: what is to be written, which need not exist.
-        needed: bytes.
-        what: is written, as the error names it.
-        way_out: what to do without the room.
+        path: file or directory to be written, which need not exist.
+        needed: number of bytes.
+        what: name of what is written, for the error message.
+        way_out: advice at the end of the error message.
 
     Raises:
-        OSError: it has not.
+        OSError: there is not enough space.
     """
     target = Path(path).absolute()
     existing = next(directory for directory in (target, *target.parents) if directory.exists())
@@ -47,7 +47,7 @@ def require_space(path: str | os.PathLike[str], needed: int, what: str, way_out:
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> Path:
-    """The path of what is to be written.
+    """Return `path` if nothing exists there.
 
     Raises:
         FileExistsError: it exists already.
@@ -62,7 +62,7 @@ def refuse_existing(path: str | os.PathLike[str]) -> Path:
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a directory that appears under its name only once it is complete.
 
-    Yields a temporary directory beside `path`, renamed to it at the end and removed if an error is raised.
+    Yields a temporary directory next to `path`, renamed to it at the end and removed if an error is raised.
 
     Raises:
         FileExistsError: `path` exists already.
@@ -81,14 +81,14 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replaced_files(path: str | os.PathLike[str], stale: str) -> Iterator[Path]:
-    """Fill a directory whose files appear, each whole, once all of them are complete.
+    """Fill a directory whose files appear, each atomically, once all of them are complete.
 
-    Yields a temporary directory beside `path`, renamed to it if there is none. Else its files take the place of those
-    of the same name, and what an error interrupts leaves all of the old ones.
+    Yields a temporary directory next to `path`, which is renamed if `path` does not exist. Otherwise its files replace
+    those of the same name; if an error is raised while it is filled, all old files stay.
 
     Args:
         path: the directory.
-        stale: pattern of files that belong to what is replaced, of which those not written again are removed.
+        stale: glob pattern of the files to replace; matching files that were not written again are removed.
     """
     target = Path(path)
     if not target.exists():

@@ -1,8 +1,8 @@
-"""Proof that training trains: what a method claims to train moves at the first optimizer step, and nothing else does.
+"""First-step check: exactly the tensors that a method trains change at the first optimizer step.
 
-For adapters, PyTorch calls a pair of hooks around every `Optimizer.step`. A model under proof is looked at around the
-first step that has a learning rate above zero, involves any of its parameters and has a gradient, and let go. Weights
-in int8 may be updated within backward already: their trainer takes an `Int8Snapshot` before all of it.
+For adapters, PyTorch calls a pair of hooks around every `Optimizer.step`. A model is checked once, at the first step
+that has a learning rate above zero, involves any of its parameters and has a gradient. int8 weights may be updated
+during backward, so their trainer takes an `Int8Snapshot` before it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from torch.optim.optimizer import (
 
 
 _SAMPLES = 1024
-_STEPS_WITHOUT_GRADIENT = 10  # after so many, it is not a batch but the data
-_SURE = 20  # so many values that should move, at random, stay all where they are once in e ** 20 runs
+_STEPS_WITHOUT_GRADIENT = 10  # after so many steps, the data is at fault rather than a batch
+_SURE = 20  # if so many values are expected to move at random, none does once in e ** 20 runs
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class TrainingError(RuntimeError):
-    """Training that does not train what its method claims to train, or that trains something else."""
+    """Training does not change what the method should train, or changes something else."""
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of at most some thousand values, spread evenly over a tensor; of a sharded one, over the own shard."""
+    """Copy at most a few thousand values, spread evenly over a tensor (or over this process's shard of it)."""
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
 class _Snapshot:
-    """Tensors right before a step: versions of frozen ones, and samples of those that should move, by their kind."""
+    """Tensors right before a step: versions of frozen ones, and samples of those that should move, by kind."""
 
     def __init__(self, *kinds: str) -> None:
         self.frozen: dict[str, tuple[torch.Tensor, int]] = {}
@@ -59,7 +59,7 @@ class _Snapshot:
 
     def require_moved(self, kind: str, way_out: str) -> None:
         tensors = self.trained[kind]
-        # a process may hold no row of any sharded tensor
+        # this process's shards may all be empty
         has_values = any(before.numel() for _, before in tensors)
         if has_values and all(torch.equal(sample(tensor), before) for tensor, before in tensors):
             raise TrainingError(
@@ -71,7 +71,7 @@ class _AdapterSnapshot(_Snapshot):
     """An adapted model right before a step.
 
     Attributes:
-        without_gradient: whether there are gradients and all are zero, as of a batch without labels.
+        without_gradient: whether there are gradients and all are zero, as for a batch without labels.
     """
 
     def __init__(self, model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
@@ -112,15 +112,15 @@ class _Proof:
 
 
 _under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
-_hooks: list[Any] = []  # never removed: PyTorch iterates over the hooks of all models while it calls them
+_hooks: list[Any] = []  # never removed, because PyTorch iterates over the hooks while calling them
 
 
 def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
-    """Check the first optimizer step that is taken on a model's adapters, of whichever optimizer. Idempotent.
+    """Check the first step that any optimizer takes on a model's adapters. Idempotent.
 
     Args:
-        model: the model whose tuner layers are of `layer_class`.
-        layer_class: the tuner layers; the adapter parameters in their `first_to_move` are what should move.
+        model: the model, with tuner layers of `layer_class`.
+        layer_class: class of the tuner layers; the adapter parameters in their `first_to_move` should move.
 
     Raises (from `Optimizer.step`):
         TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
@@ -133,7 +133,7 @@ def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> Non
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler, whose fused step then does nothing
+    overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler; a fused step then does nothing
     if overflow:
         return
     for model, proof in list(_under_proof.items()):
@@ -170,15 +170,15 @@ class Int8Snapshot(_Snapshot):
 
     Args:
         model: the model.
-        learning_rates: of the trained parameters, by `id`.
-        stochastic: whether weights are rounded stochastically. Otherwise an update below half a step moves nothing,
-            and is not expected to.
+        learning_rates: learning rates of the trained parameters, by `id`.
+        stochastic: whether weights are rounded stochastically. Otherwise updates below half a quantization step are
+            not expected to move anything.
     """
 
     def __init__(self, model: nn.Module, learning_rates: Mapping[int, float], stochastic: bool) -> None:
         super().__init__("trained int8", "trained float")
         self.expected = dict.fromkeys(self.trained, 0.0)
-        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # rows without a gradient
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # some rows get no gradient
         for name, parameter in model.named_parameters():
             kind = "trained int8" if hasattr(parameter, "codes") else "trained float"
             stored = getattr(parameter, "codes", parameter)
@@ -194,7 +194,7 @@ class Int8Snapshot(_Snapshot):
         """Check the model right after the step.
 
         Raises:
-            TrainingError: no int8 weight or no float parameter moved, although many should have; or a frozen one did.
+            TrainingError: no int8 weight or no float parameter moved, although many should have, or a frozen one did.
         """
         self.require_frozen("Only parameters with `requires_grad` belong into the optimizer.")
         for kind, expected in self.expected.items():
@@ -208,7 +208,7 @@ class Int8Snapshot(_Snapshot):
 
 
 def _moving_share(parameter: Any, learning_rate: float, stochastic: bool) -> float:
-    """Share of a parameter's values that a step of Lion moves to another representable value."""
+    """Share of a parameter's values that a step of Lion is expected to change after rounding."""
     if hasattr(parameter, "codes"):
         distance = parameter.scales[:, 0].abs()
     else:

@@ -1,4 +1,4 @@
-"""Names of modules: the decoder block of a layer, the layer of an adapter's tensor, and an order for names."""
+"""Module names: the block of a layer, the layer of an adapter's tensor, and natural sorting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 SCALE_DELTAS = "peqa_scales"
 LOW_RANK = ("lora_A.weight", "lora_B.weight")
-"""The parameters of an adapted layer, as they are named in the file of an adapter."""
+"""Names of an adapted layer's parameters in an adapter's file."""
 
 PEFT_PREFIX = "base_model.model."
 _IN_BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<position>\d+)\.(?P<layer>.+)")
@@ -19,7 +19,7 @@ class Block(NamedTuple):
 
     Attributes:
         blocks: name of the list, such as `"model.layers"`.
-        position: the block's, in it.
+        position: index in the list.
     """
 
     blocks: str
@@ -30,16 +30,16 @@ class Block(NamedTuple):
 
 
 def split_block(name: str) -> tuple[Block | None, str]:
-    """The block of a layer, if it is in one, and the layer's name there, or its whole name."""
+    """Split a layer's name into its block and its name in the block; without a block, None and the whole name."""
     match = _IN_BLOCK.fullmatch(name)
     return (Block(match["blocks"], int(match["position"])), match["layer"]) if match else (None, name)
 
 
 def split_adapter_key(key: str) -> tuple[str, str]:
-    """The name in the base of what a tensor of a saved adapter belongs to, and which parameter of an adapter it is.
+    """Split the key of a saved adapter's tensor into the name of its layer and the kind of adapter parameter.
 
-    That is the name of a layer and `SCALE_DELTAS` or one of `LOW_RANK`, or the tensor's name without PEFT's prefix and
-    `""` for tensors of another kind, such as those of `modules_to_save`.
+    The kind is `SCALE_DELTAS` or one of `LOW_RANK`. For other tensors, such as those of `modules_to_save`, the result
+    is the tensor's name without PEFT's prefix, and `""`.
     """
     name = key.removeprefix(PEFT_PREFIX)
     for parameter in (SCALE_DELTAS, *LOW_RANK):
@@ -49,5 +49,5 @@ def split_adapter_key(key: str) -> tuple[str, str]:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names by the numbers in them."""
+    """Sort key that orders the numbers in names numerically."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,7 +1,7 @@
-"""What this package changes in PEFT, transformers and optimum. The only file that writes into another package.
+"""Everything this package changes in PEFT, transformers and optimum. No other file modifies another package.
 
-PEFT has no plugin mechanism, so a method joins by becoming a real member of the `PeftType` enumeration (a bare string
-fails in PEFT's card tagging and in transformers' adapter code) and by `register_peft_method`.
+PEFT has no plugin mechanism, so a method is added as a real member of the `PeftType` enumeration (a bare string fails
+in PEFT's card tagging and in transformers' adapter code) and with `register_peft_method`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WRAPPED = "_peft_quant_wrapped"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Add a member to `PeftType`, or return the one of that name."""
+    """Add a member to `PeftType`, or return the existing one of that name."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -50,7 +50,7 @@ def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTu
     """Register a method with PEFT. Registering the same method again changes nothing.
 
     Raises:
-        RuntimeError: the installed PEFT has a method of that name itself.
+        RuntimeError: the installed PEFT has its own method of that name.
     """
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())
     if registered is config_class:
@@ -64,25 +64,25 @@ def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTu
 
 
 def allow_hotswap(peft_type: PeftType, options: list[str]) -> None:
-    """Let PEFT hot-swap adapters of a method with LoRA's tensors and options.
+    """Let PEFT hot-swap adapters of a method that has LoRA's tensors and options.
 
     Args:
         peft_type: the method's type.
-        options: options of its own in which two adapters must agree, beside those of LoRA.
+        options: the method's own options that two adapters must share, in addition to LoRA's.
     """
     CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], *options]
 
 
 def register_quantization(method: str, config_class: type[Any], quantizer_class: type[HfQuantizer]) -> None:
-    """Register a quantization with transformers. Registering the same one again changes nothing.
+    """Register a quantization method with transformers. Registering the same one again changes nothing.
 
     Args:
         method: its `quant_method`.
-        config_class: of its quantization configs.
-        quantizer_class: what loads and saves its checkpoints.
+        config_class: class of its quantization configs.
+        quantizer_class: class that loads and saves its checkpoints.
 
     Raises:
-        RuntimeError: the installed transformers has a quantization of that name itself.
+        RuntimeError: the installed transformers has its own quantization method of that name.
     """
     registered = AUTO_QUANTIZER_MAPPING.get(method)
     if registered is quantizer_class:
@@ -97,9 +97,9 @@ def register_quantization(method: str, config_class: type[Any], quantizer_class:
 
 
 def replace_quantizer(method: str, quantizer_class: type[HfQuantizer]) -> None:
-    """Let transformers load the checkpoints of a quantization by a class derived from its own. Idempotent.
+    """Let transformers load the checkpoints of a quantization method with a class derived from its own. Idempotent.
 
-    Where another package has put its own quantizer in that place, it stays.
+    If another package has already replaced the quantizer, nothing changes.
 
     Args:
         method: the `quant_method` of the checkpoints.
@@ -111,7 +111,7 @@ def replace_quantizer(method: str, quantizer_class: type[HfQuantizer]) -> None:
 
 @contextmanager
 def replace_gptq_solver(solver_class: type[Any]) -> Iterator[None]:
-    """Within it, optimum's `GPTQQuantizer` quantizes each layer with another class than gptqmodel's `GPTQ`.
+    """Context in which optimum's `GPTQQuantizer` quantizes each layer with the given class.
 
     Args:
         solver_class: derived from `optimum.gptq.quantizer.GPTQ`.
@@ -127,12 +127,12 @@ def replace_gptq_solver(solver_class: type[Any]) -> Iterator[None]:
 
 
 def wrap_method(owner: type[Any], name: str, method: Callable[..., Any]) -> None:
-    """Replace a method of a class of PEFT or transformers by another one that has it at hand. Idempotent.
+    """Wrap a method of a class of PEFT or transformers. Idempotent.
 
     Args:
-        owner: the class; its parents keep what it inherits.
-        name: of the method.
-        method: called as `method(stock, self, ...)`, given the method that it replaces.
+        owner: the class; parents from which it inherits the method are not changed.
+        name: name of the method.
+        method: the wrapper, called as `method(stock, self, ...)`, where `stock` is the original method.
     """
     stock = getattr(owner, name)
     if hasattr(stock, _WRAPPED):
@@ -150,12 +150,11 @@ AdapterCheck = Callable[[PreTrainedModel | PeftModel, str, str, PeftConfig | Non
 
 
 def check_adapters(check: AdapterCheck) -> None:
-    """Have each saved adapter checked before its weights are loaded, by PEFT or by transformers. Idempotent.
+    """Check each saved adapter before PEFT or transformers loads its weights. Idempotent.
 
     Args:
-        check: `check(model, path, adapter_name, config, hub_options)`, given the directory or Hub id of the adapter,
-            the configuration that it is to be loaded under instead of its own, if there is one, and options for the
-            Hub.
+        check: called as `check(model, path, adapter_name, config, hub_options)`: directory or Hub id of the adapter,
+            the configuration that replaces its own (or None), and Hub options.
     """
 
     def load_into_peft_model(
@@ -178,12 +177,12 @@ def check_adapters(check: AdapterCheck) -> None:
 
 
 def ask_for_weight(knows: Callable[[nn.Module], bool]) -> None:
-    """Let adapters of any method have the `weight` that their base layer says, where PEFT takes its packed integers.
+    """Let adapter layers of any method return their base layer's `weight`, where PEFT returns its packed integers.
 
-    Models such as T5 cast activations to the dtype of `weight`. Asking again changes nothing.
+    Models such as T5 cast activations to the dtype of `weight`. Calling it again changes nothing.
 
     Args:
-        knows: whether a base layer, a GPTQ one, says what its `weight` is.
+        knows: whether a base layer has a `weight` to use (a GPTQ layer that defines one).
     """
     stock = BaseTunerLayer.weight.fget
     if hasattr(stock, "__wrapped__"):

@@ -1,4 +1,4 @@
-"""Tables and lists as text."""
+"""Formatting of tables, lists and values as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells, the first `left` columns aligned to the left and the others to the right."""
+    """Format rows of cells, with the first `left` columns left-aligned and the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
@@ -16,7 +16,7 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as a Markdown table: floats with four digits, None as an empty cell."""
+    """Format rows as a Markdown table: floats with four digits, None as an empty cell."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -28,7 +28,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def bullet_list(heading: str, lines: Sequence[str], most: int = 10) -> str:
-    """Lines under a heading, the first ones if there are many."""
+    """Format lines under a heading, at most `most` of them."""
     shown = [f"- {line}" for line in lines[:most]]
     if len(lines) > most:
         shown.append(f"- and {len(lines) - most} more")
@@ -36,12 +36,12 @@ def bullet_list(heading: str, lines: Sequence[str], most: int = 10) -> str:
 
 
 def format_value(value: object) -> str:
-    """A value of a configuration."""
+    """Format a configuration value."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def format_number(value: float | None, form: str = ".3g") -> str:
-    """A number, or a dash for one that is not known."""
+    """Format a number; None becomes a dash."""
     return "-" if value is None else f"{value:{form}}"

@@ -1,6 +1,6 @@
-"""What is measured: our methods, and those of other packages on the same model.
+"""The methods under test: ours, and those of other packages on the same model.
 
-A module a peer, named after its package. Each has `build(cell, device)`, which gives the model to train.
+One module per peer, named after its package. Each has `build(cell, device)`, which returns the model to train.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""QLoRA: NF4 with double quantization. Everything but the adapters stays in bf16, which is its leanest form.
+"""QLoRA: NF4 with double quantization. Everything except the adapters stays in bf16, which takes the least memory.
 
-Also full fine-tuning of dense bf16 weights, by its 8-bit optimizers.
+Also full fine-tuning of dense bf16 weights, with its 8-bit optimizers.
 """
 
 from __future__ import annotations

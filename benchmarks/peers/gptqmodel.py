@@ -1,6 +1,6 @@
-"""gptqmodel's trainable layers, which decode each weight by compiled PyTorch code and keep it for backward.
+"""gptqmodel's trainable layers, which decode each weight with compiled PyTorch code and keep it for backward.
 
-`lora` is PEFT's LoRA on them, `peqa` the naive way to train scales: as parameters of the layers, in bf16.
+`lora` is PEFT's LoRA on these layers; `peqa` trains scales the naive way, as bf16 parameters of the layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .lora import add_lora
 
 
 def random_layer(rows: int, columns: int, bits: int, group_size: int, device: str) -> TorchLinear:
-    """A layer of random codes, symmetric. gptqmodel's kernels want v2 zero points."""
+    """A symmetric layer of random codes. gptqmodel's kernels expect v2 zero points."""
     packed = RandomPackedLinear(rows, columns, bits, group_size, device)
     layer = TorchLinear(bits, group_size, True, False, rows, columns, bias=False).to(device)
     zeros = torch.full_like(packed.scales, 2 ** (bits - 1), dtype=torch.int32)

@@ -15,7 +15,7 @@ from .lora import add_lora
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
     HQQLinear.set_backend(HQQBackend.PYTORCH_COMPILE)
     config = BaseQuantizeConfig(nbits=cell.bits, group_size=cell.group, axis=1)
-    config["weight_quant_params"]["optimize"] = False  # slow, and of no use to random weights
+    config["weight_quant_params"]["optimize"] = False  # slow, and useless for random weights
 
     def quantize(layer: nn.Linear) -> HQQLinear:
         return HQQLinear(layer, config, compute_dtype=torch.bfloat16, device=device)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def add_lora(
     model: PreTrainedModel, rank: int, layers: dict[type[nn.Module], type[nn.Module]] | None = None
 ) -> PeftModel:
-    """The model under LoRA; `layers` names the adapter class of layers that PEFT does not know."""
+    """Add LoRA to a model; `layers` maps layer classes that PEFT does not know to their adapter classes."""
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
     if layers:
         config._register_custom_module(layers)

@@ -16,7 +16,7 @@ from .lora import add_lora
 
 
 def int8_linear(layer: nn.Linear, device: str, outlier_ratio: float = 0.01) -> nn.Linear:
-    """A layer of random int8 weights, made as they are, so that no float one is ever on the device."""
+    """A layer of random int8 weights, created directly in int8, so that no float weight is ever on the device."""
     rows, columns = layer.out_features, layer.in_features
     outliers = round(outlier_ratio * columns)
     index_dtype = torch.int16 if columns <= 1 << 15 else torch.int32

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on dense bf16 weights: what quantization is compared to."""
+"""PEFT's LoRA on dense bf16 weights: the baseline for quantization."""
 
 from __future__ import annotations
 

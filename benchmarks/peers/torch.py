@@ -1,4 +1,4 @@
-"""Full fine-tuning of dense bf16 weights by PyTorch's optimizers: what QFT is compared to."""
+"""Full fine-tuning of dense bf16 weights with PyTorch's optimizers: the baseline for QFT."""
 
 from __future__ import annotations
 

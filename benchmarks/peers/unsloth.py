@@ -1,6 +1,6 @@
 """Unsloth's QLoRA (NF4, its own loss, attention and checkpointing), from a checkpoint of random weights.
 
-Imported before transformers and PEFT, which it patches. The checkpoint, in bf16, stays in `.cache` for the next run.
+Imported before transformers and PEFT, which it patches. The bf16 checkpoint is kept in `.cache` for the next run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn  # noqa: E402
 def build(cell: argparse.Namespace, device: str) -> nn.Module:
     directory = CACHE / f"llama-{cell.shape}"
     if not directory.exists():
-        # in a process that unsloth does not patch
+        # in a separate process, which unsloth does not patch
         process = multiprocessing.get_context("spawn").Process(target=save, args=(cell.shape, directory))
         process.start()
         process.join()

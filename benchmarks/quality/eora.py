@@ -1,4 +1,4 @@
-"""EoRA as gptqmodel computes it, in an LREC adapter, so that both are measured alike."""
+"""EoRA as gptqmodel computes it, in an LREC adapter, so that both are measured the same way."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peft_quant.tuners.lrec.layer import LRECLinear
 
 @torch.no_grad()
 def initialize_as_eora(model: PeftModel, float_model: Path, calibration: Iterable[torch.Tensor]) -> None:
-    """Set an adapter to the low-rank matrices of EoRA (arXiv 2410.21271), from the covariance of all of the data.
+    """Set an adapter to the low-rank matrices of EoRA (arXiv 2410.21271), from the covariance of all the data.
 
     Args:
-        model: a GPTQ model with an LREC adapter that is not scaled (`lora_alpha` equal to the rank).
+        model: a GPTQ model with an LREC adapter of scaling 1 (`lora_alpha` equal to the rank).
         float_model: directory of the model that was quantized.
         calibration: batches of `input_ids`.
     """
@@ -32,7 +32,7 @@ def initialize_as_eora(model: PeftModel, float_model: Path, calibration: Iterabl
         for name in names:
             fit, held_out = inputs.pop(name)
             _, error = weights.error(name, layers[name].get_base_weight())
-            share = 1 / 4  # of the sequences, held out
+            share = 1 / 4  # share of held-out sequences
             covariance = (1 - share) * fit + share * held_out
             rank = layers[name].r["default"]
             found[name] = eora_compute_lora(error, name, covariance, rank, torch.float32, error.device)

@@ -1,4 +1,4 @@
-"""What `lrec.py` and `qft.py` share: texts and their perplexity, and stages that are not done twice."""
+"""Shared by `lrec.py` and `qft.py`: texts and their perplexity, and cached stages."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from peft_quant.evaluation.perplexity import perplexity
 from peft_quant.evaluation.text import token_windows
 
 
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # or the first packing compiles C++ for a minute
-torch._dynamo.config.disable = True  # or gptqmodel compiles every layer at its first forward
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # otherwise the first packing compiles C++ for a minute
+torch._dynamo.config.disable = True  # otherwise gptqmodel compiles every layer at its first forward
 
 FLOAT_MODEL = "smollm2-135m-instruct"
 GENERAL = "wikipedia"
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options of both measurements."""
+    """Add the options of both measurements."""
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens to evaluate on, each text")
     parser.add_argument("--assets", type=Path, default=Path(".cache/assets"), help="what examples/demo_assets.py made")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache", name), help="for stages, each done once")
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def write_results(arguments: argparse.Namespace, **results: Any) -> None:
-    """Write what `benchmarks/quality.py` records to `--output`, if it is given."""
+    """Write results for `benchmarks/quality.py` to `--output`, if given."""
     if arguments.output is not None:
         options = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
         packages = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
@@ -45,7 +45,7 @@ def write_results(arguments: argparse.Namespace, **results: Any) -> None:
 
 
 def windows(tokenizer: Any, texts: Dataset, size: int, number: int | None = None) -> torch.Tensor:
-    """Token ids, int64 `[number, size]`; as many as there are where that is less."""
+    """The first token windows, int64 `[number, size]`; fewer if the texts are shorter."""
     return torch.tensor(token_windows(texts, tokenizer, size, number)["input_ids"][:])
 
 
@@ -55,19 +55,19 @@ def evaluate(model: Any, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def digest(**settings: Any) -> str:
-    """A short name for what decides a run."""
+    """A short name for the settings of a run."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Stages:
-    """Results of the stages, kept in a JSON file."""
+    """Results of the stages, cached in a JSON file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     def run(self, name: str, function: Callable[[], Any], artifact: Path | None = None) -> Any:
-        """The result of a stage (JSON): from the file, if it is there and so is what the stage made."""
+        """The JSON result of a stage: from the file if it is there and the artifact exists, otherwise computed."""
         if name not in self.results or (artifact is not None and not artifact.exists()):
             print(f"\n== {name}", flush=True)
             self.results[name] = function()

@@ -1,11 +1,11 @@
-"""Perplexities of a GPTQ model repaired by LREC, by EoRA and by other losses, and then tuned on a task.
+"""Perplexities of a GPTQ model compensated by LREC, by EoRA and with other losses, and then tuned on a task.
 
     python examples/demo_assets.py
     python benchmarks/quality/lrec.py --bits 3
     python benchmarks/quality/lrec.py --bits 2 --group-size 32 --asymmetric --output 2bit.json
 
-SmolLM2-135M-Instruct is quantized and repaired on Wikipedia; the task is the King James Bible. All adapters are of the
-same rank, and all that are trained see the same tokens. Every stage is kept under --work-dir and not done twice.
+SmolLM2-135M-Instruct is quantized and compensated on Wikipedia; the task is the King James Bible. All adapters have
+the same rank, and all trained ones see the same tokens. Every stage is cached under --work-dir.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROWS = {
 
 
 class Run:
-    """One base, its texts and everything that is trained on it."""
+    """One base, its texts and everything trained on it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -75,7 +75,7 @@ class Run:
         self.rows: dict[str, dict[str, float]] = {}
 
     def samples(self, text: str) -> Dataset:
-        """What the steps need of a text; all of it, which they go through more than once, where that is less."""
+        """As much of a text as the steps need; a shorter text is used whole and repeated."""
         number = self.arguments.steps * self.arguments.batch_size
         return token_windows(self.texts[text], self.tokenizer, self.arguments.sequence_length, number)
 
@@ -101,7 +101,7 @@ class Run:
         self.rows[title] = self.stages.run(f"evaluate {title}", perplexities)
 
     def initialized(self, init: str) -> Path:
-        """An adapter that repairs the weights, without training."""
+        """An adapter initialized to compensate the quantization error, without training."""
         directory = self.work / f"{self.base.name}-r{self.arguments.rank}-{init}"
 
         def make() -> None:
@@ -157,7 +157,7 @@ class Run:
         }
 
     def correct(self, name: str, init: Path | None, **weights: float) -> Path:
-        """Train an adapter on general text by the weights of the loss, initialized or from zero."""
+        """Train an adapter on general text with the given loss weights, from an initialization or from zero."""
         directory = self.adapter(name)
 
         def train() -> None:
@@ -180,7 +180,7 @@ class Run:
         return directory
 
     def make(self, name: str) -> None:
-        """One row of the table, and what it is initialized with."""
+        """Compute one row of the table, and the adapter it is initialized from."""
         loss = {"kl_weight": 1.0, "ce_weight": self.arguments.ce_weight}
         if name in ("eora", "svd", "whitened"):
             self.evaluate(name, self.initialized(name))
@@ -200,7 +200,7 @@ class Run:
             self.learn_task(name, corrected, second=name == "task-second")
 
     def learn_task(self, name: str, corrected: Path | None, second: bool = False) -> None:
-        """The task by the stock Trainer: on the corrected adapter itself, or on a second one over the frozen first."""
+        """Learn the task with the stock Trainer, in the corrected adapter or in a second one over the frozen first."""
 
         def train() -> dict[str, float]:
             set_seed(self.arguments.seed)
@@ -255,7 +255,7 @@ def main() -> None:
 
 
 def bits_per_weight(base: Path, adapter: Path) -> dict[str, float]:
-    """What a quantized weight takes of the checkpoint's tensors and of an adapter's file, as they are stored."""
+    """Stored bits per quantized weight, in the checkpoint's tensors and in an adapter's file."""
     stored: dict[str, int] = {"qweight": 0, "scales": 0, "qzeros": 0, "adapter": 0}
     codes = 0
     for file in [*base.glob("*.safetensors"), adapter]:

@@ -5,8 +5,8 @@
     python benchmarks/quality/qft.py --list
     python benchmarks/quality/qft.py --only QFT "fp32 Lion" --seeds 0 1 2 --output qft.json
 
-SmolLM2-135M-Instruct is tuned; all rows of a seed see the same tokens in the same order. Every run is kept under
---work-dir, in a file of its own, and not done twice, so that several processes can share the rows of a table.
+SmolLM2-135M-Instruct is tuned; all rows of a seed see the same tokens in the same order. Every run is cached in its
+own file under --work-dir, so that several processes can share the rows of a table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion as its paper has it, in fp32: what QFT is measured by."""
+    """Lion as in its paper, in fp32: the baseline for QFT."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas})
@@ -60,12 +60,12 @@ class Lion(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Row:
-    """A way to train.
+    """A training method.
 
     Attributes:
-        kind: of learning rate: AdamW and LoRA want larger ones than Lion.
-        quantization: how weights are held in int8; None for fp32.
-        arguments: further ones of QFTTrainingArguments.
+        kind: kind of learning rate: AdamW and LoRA need larger ones than Lion.
+        quantization: configuration of the int8 weights; None for fp32.
+        arguments: further arguments of QFTTrainingArguments.
         on_gpu_only: whether it needs a GPU.
     """
 
@@ -81,7 +81,7 @@ def _qft(quantization: dict[str, Any] | None = None, **arguments: Any) -> Row:
 
 ROWS = {
     "QFT": _qft(),
-    "QFT, fused": _qft(fused=True),  # gradients stay in float: each is used and gone
+    "QFT, fused": _qft(fused=True),  # gradients stay in float: each is used and dropped
     "QFT, fp32 momentum": _qft(state_bits=32),
     "QFT, nearest rounding": _qft(rounding="nearest"),
     "QFT, error feedback": _qft(rounding="error_feedback"),
@@ -100,7 +100,7 @@ TEXTS = {GENERAL: "Wikipedia", "king-james": "King James", "wordnet": "WordNet"}
 
 @dataclass
 class Settings:
-    """What decides a run; a change of any of these trains anew."""
+    """The settings that identify a run; changing any of them trains again."""
 
     row: str
     text: str
@@ -138,7 +138,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], assets: Path, w
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, settings.steps // 10),
         "weight_decay": 0.0,
-        # Lion takes signs, so that clipping changes little, and a fused step cannot
+        # Lion uses signs, so clipping changes little, and a fused step cannot clip
         "max_grad_norm": 0.0 if row.kind == "lion" else 1.0,
         "logging_steps": max(1, settings.steps // 10),
         "save_strategy": "no",
@@ -166,7 +166,7 @@ def train(settings: Settings, held_out: dict[str, torch.Tensor], assets: Path, w
 
 
 def make_optimizer(settings: Settings, model: PreTrainedModel) -> torch.optim.Optimizer | None:
-    """What Trainer does not make by itself."""
+    """The optimizers that Trainer does not offer; None for its own."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if settings.row == "bitsandbytes Lion8bit":
         from bitsandbytes.optim import Lion8bit
@@ -217,7 +217,7 @@ def main() -> None:
             rate = getattr(arguments, f"{ROWS[row].kind}_learning_rate")
             shape = (arguments.steps, arguments.batch_size, arguments.sequence_length)
             run = Settings(row, arguments.text, *shape, rate, arguments.dtype, seed)
-            # in a file of its own, so that processes do not share one
+            # one file per run, so that processes do not share one
             stages = Stages(arguments.work_dir / f"windows-{arguments.windows}" / f"{run.name}.json")
             if arguments.all or row in arguments.only:
                 if ROWS[row].on_gpu_only and DEVICE == "cpu":

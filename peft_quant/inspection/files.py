@@ -17,10 +17,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> bool:
-    """Whether a directory or Hub repository holds an adapter rather than a model. Offline, the Hub's cache decides.
+    """Whether a directory or Hub repository holds an adapter rather than a model. Offline, the Hub cache is used.
 
     Raises:
-        LocalEntryNotFoundError: neither the Hub nor its cache has it.
+        LocalEntryNotFoundError: neither the Hub nor its cache has the repository.
         RepositoryNotFoundError: there is no such repository.
     """
     if os.path.isdir(path):

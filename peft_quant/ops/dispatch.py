@@ -22,8 +22,8 @@ FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Operator(Generic[P, R]):
     """An operator that runs Triton kernels on a GPU if Triton is installed, and plain PyTorch otherwise.
 
-    The decorators `eager` and `triton` register its implementations. The `triton.py` of its family is imported at the
-    first call on a GPU. The schema has the fields of an argument that is a NamedTuple, one by one.
+    The decorators `eager` and `triton` register its implementations. The `triton.py` of its family is imported on the
+    first call on a GPU. A NamedTuple argument is flattened: the schema lists its fields one by one.
     """
 
     def __init__(self, fake: Callable[P, R], schema: str, inline: bool) -> None:
@@ -59,7 +59,7 @@ class Operator(Generic[P, R]):
         return function
 
     def _flat(self, function: Callable[..., R]) -> Callable[..., R]:
-        """The function with the arguments of the schema."""
+        """Wrap the function to take the flattened arguments of the schema."""
         if self._tuple is None:
             return function
         at, kind = self._tuple
@@ -73,16 +73,16 @@ class Operator(Generic[P, R]):
         if args[0].is_cuda and _import_kernels(self._family):
             with mode:
                 return self._triton(*args, **(kwargs or {}))
-        # the compiler is not to see the many small operations of `eager`
+        # keep the many small operations of `eager` opaque to the compiler
         return mode.__torch_dispatch__(function, types, args, kwargs)
 
 
 def define(schema: str, *, inline: bool = True) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Define an operator by its fake function, which names it, checks arguments and returns results without data.
+    """Define an operator by its fake function, which names it, checks its arguments and returns results without data.
 
     Args:
-        schema: its arguments and results as `torch.library.define` takes them.
-        inline: whether compiled code on a GPU launches its kernels and products itself, which is cheaper.
+        schema: arguments and results, in the syntax of `torch.library.define`.
+        inline: whether compiled code on a GPU launches the kernels and products directly, which is cheaper.
     """
     return lambda fake: Operator(fake, schema, inline)
 
@@ -96,12 +96,12 @@ def _import_kernels(family: str) -> bool:
 
 
 def launcher(kernel: Any, tensor: torch.Tensor) -> Any:
-    """The Triton kernel, in the form that the compiler sees through where the tensor is one being traced."""
+    """The Triton kernel, wrapped so that the compiler can trace it if the tensor is being traced."""
     return wrap_triton(kernel) if isinstance(tensor, FunctionalTensor) else kernel
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """16-bit products run in fp32 on the CPU: without AVX512-BF16 its bf16 product is two orders slower."""
+    """The dtype to multiply in: fp32 on the CPU, where bf16 without AVX512-BF16 is two orders of magnitude slower."""
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 

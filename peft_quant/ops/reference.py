@@ -1,4 +1,4 @@
-"""The arithmetic in naive fp32, one formula a function, to be checked line by line. Slow on purpose.
+"""The arithmetic in naive fp32, one formula per function, to be checked line by line. Slow on purpose.
 
 Symbols: `M` tokens, `K` in-features, `N` out-features, `G` groups, `b` bits. A packed weight decodes to
 

@@ -1,4 +1,4 @@
-"""Rounding: of trained scales to what a checkpoint can store, and of trained integers without bias.
+"""Rounding of trained scales to values that a checkpoint can store, and unbiased rounding of trained integers.
 
 Stochastic rounding is nearest rounding of `x + d` with `d` uniform in (-1/2, 1/2), here one of 2**16 values around
 zero: on average it gives `x`, up to 2**-17, and integers stay as they are. The randomness is a hash of an element's
@@ -17,7 +17,7 @@ MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 
 
 def random_key(*path: int) -> int:
-    """A 64-bit key (signed) of integers such as a seed, a stream, a parameter's number and a step (splitmix64)."""
+    """A signed 64-bit key from integers such as a seed, a stream, a parameter's number and a step (splitmix64)."""
     state = 0
     for number in path:
         state = (state + number + 0x9E3779B97F4A7C15) & _WORD64
@@ -34,7 +34,7 @@ def key_words(key: int) -> tuple[int, int]:
 
 
 def random_words(start: int, stop: int, key: int, device: torch.device) -> torch.Tensor:
-    """Random int32 words of the elements `start` to `stop`: lowbias32, with half of the key before each product."""
+    """Random int32 words for the elements `start` to `stop`: lowbias32, XORing half the key before each product."""
     low, high = key_words(key)
     x = torch.arange(start, stop, dtype=torch.int32 if stop <= _WORD >> 1 else None, device=device).to(torch.int32)
     x.bitwise_xor_(low)
@@ -45,7 +45,7 @@ def random_words(start: int, stop: int, key: int, device: torch.device) -> torch
 
 
 def dither(words: torch.Tensor, half: int) -> torch.Tensor:
-    """fp32 in (-1/2, 1/2) of the low (0) or the high (1) 16 bits of random words."""
+    """fp32 in (-1/2, 1/2) from the low (0) or the high (1) 16 bits of random words."""
     bits = (words >> 16 * half).bitwise_and_(0xFFFF)
     return bits.float().sub_(32767.5).mul_(2.0**-16)
 
@@ -53,7 +53,7 @@ def dither(words: torch.Tensor, half: int) -> torch.Tensor:
 def round_to_dtype(x: torch.Tensor, dtype: torch.dtype, words: torch.Tensor) -> torch.Tensor:
     """Round fp32 to bf16 or fp16 stochastically, by the low 16 bits of random words; fp32 stays as it is.
 
-    Below the normal numbers of fp16 the rounding is to nearest.
+    Values below the normal range of fp16 are rounded to nearest.
     """
     if dtype == torch.float32:
         return x
@@ -72,11 +72,11 @@ def round_scales(
         scales: the tuned scales.
         base: the scales they were tuned from, none of them zero, whose signs they keep.
         storage: dtype of `scales` in the checkpoint (fp16 in GPTQ).
-        serving: dtype an engine converts the stored scales to, if it is to change nothing either.
+        serving: dtype an engine converts the stored scales to, if that conversion must not change them either.
 
     Returns:
-        A tensor of dtype `storage`. NaN stays NaN; what would come to zero, or beyond it, becomes the value next to
-        zero on the side of `base`.
+        A tensor of dtype `storage`. NaN stays NaN; a value that would round to zero or cross it becomes the value next
+        to zero on the side of `base`.
     """
     info = torch.finfo(storage)
     smallest = info.tiny * info.eps

@@ -1,4 +1,4 @@
-"""int8 weights in files, where `codes`, `scales` and outliers take the place of a layer's `weight`."""
+"""int8 weights in files, which store `codes`, `scales` and outliers instead of a layer's `weight`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 PARTS = ("codes", "scales", "outlier_columns", "outlier_values")
 PATTERNS = {rf"\.{part}$": part for part in PARTS}
-"""The parts by the pattern of their names, in the form of transformers' conversions."""
+"""Parts of a weight, by name pattern as in transformers' conversions."""
 
 
 def part_names(name: str) -> list[str]:
-    """The names of the parts of a weight."""
+    """The names of a weight's parts in a checkpoint."""
     layer = name.rpartition(".")[0]
     return [f"{layer}.{part}" if layer else part for part in PARTS]
 
@@ -35,8 +35,8 @@ def flatten(state_dict: Mapping[str, torch.Tensor], tied: Collection[str] = ()) 
     """A state dict of plain tensors, with each int8 weight under one name only.
 
     Args:
-        state_dict: of a model.
-        tied: names that the model ties to others, used only for weights without another name.
+        state_dict: state dict of a model.
+        tied: names that the model ties to others; used only for weights that have no other name.
     """
     flat: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -58,18 +58,18 @@ def check_checkpoint(
     """Check an int8 checkpoint before it is loaded. Tensors that the model does not have are ignored.
 
     Args:
-        files: its safetensors files.
+        files: safetensors files of the checkpoint.
         model: the model to load it into, without values.
-        conversions: transformers' conversions from the tensors in the files to parameters.
-        int8: the parameters that the policy puts in int8, whether the files have them or not.
+        conversions: transformers' conversions from tensors in the files to parameters.
+        int8: the parameters that the policy puts in int8, whether or not the files have them.
 
     Raises:
-        InvalidCheckpointError: a file is truncated, parts are missing, contradict each other or hold values out of
-            range, a weight is stored twice, or other parameters are in int8.
+        InvalidCheckpointError: a file is truncated; parts are missing, contradict each other or hold values out of
+            range; a weight is stored twice; or parameters outside the policy are in int8.
     """
     stored = read_tensors(files)
     expected = dict(model.named_parameters(remove_duplicate=False))
-    weights: dict[str, dict[str, str]] = defaultdict(dict)  # names of parts
+    weights: dict[str, dict[str, str]] = defaultdict(dict)  # names of the stored parts, by weight
     floats: dict[str, str] = {}
     for name, (parameters, pattern) in parameters_of(stored, model, conversions).items():
         for parameter in expected.keys() & parameters:
@@ -129,7 +129,7 @@ def loading_difference(found: Mapping[str, Collection[Any]]) -> str | None:
 
 
 def layout_difference(model: nn.Module, other: nn.Module) -> str | None:
-    """The first weight that two models hold differently, in int8 or in float; None if there is none."""
+    """The first weight that is int8 in one model and float in the other; None if there is none."""
     ours, theirs = (
         {name: weight for name, weight in each.named_parameters() if isinstance(weight, Int8Weight)}
         for each in (model, other)

@@ -13,20 +13,21 @@ QUANT_METHOD = "qft"
 class QFTConfig(QuantizationConfigMixin):
     """Which weights of a model are int8, and how: the `quantization_config` of QFT.
 
-    Passed to `from_pretrained` of a float checkpoint, it quantizes layer by layer while loading, so that the float
-    model is never whole on the device; [`convert_to_int8`] takes it for a model in memory. The `config.json` of an
-    int8 checkpoint contains it.
+    With it, `from_pretrained` quantizes a float checkpoint layer by layer while loading, so that the whole float model
+    is never on the device; [`convert_to_int8`] converts a model in memory. The `config.json` of an int8 checkpoint
+    contains it.
 
     Args:
-        outlier_ratio (`float`): Share of each row's weights, the largest ones, that keep a float value; 0 for none.
+        outlier_ratio (`float`): Share of each row's weights, the largest ones, that stay in float; 0 for none.
         embeddings (`bool`): Whether embeddings, and a head tied to them, are int8 too.
-        modules_to_not_convert (`list[str]`, *optional*): Names, or ends of names, of further modules to leave in
-            float, with or without the prefix of the base model.
-        experts_apart (`bool`): Whether the experts of a mixture are separate modules, in int8 like any layer. In
-            transformers all experts of a layer are one tensor, which stays in float. [`convert_to_int8`] detects it.
+        modules_to_not_convert (`list[str]`, *optional*): Names, or name endings, of further modules to leave in float,
+            with or without the prefix of the base model.
+        experts_apart (`bool`): Whether the experts of a mixture are separate modules, converted to int8 like any
+            layer. In transformers all experts of a layer are one tensor, which stays in float. [`convert_to_int8`]
+            detects this by itself.
 
     Raises:
-        ValueError: a ratio outside 0 to 0.5.
+        ValueError: `outlier_ratio` is not between 0 and 0.5.
     """
 
     def __init__(

@@ -40,14 +40,16 @@ def convert_to_int8(model: Model, config: QFTConfig | None = None) -> Model:
 
     Args:
         model: a float model, or one loaded from a GPTQ checkpoint with `GPTQConfig(bits=..., backend="gptq_torch")`.
-        config: the options; by default 1 % of outliers, and embeddings in float.
+        config: the options; by default 1 % outliers, and embeddings in float.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no linear layer; a model that is quantized with another method, or int8 already; a weight with NaN.
-        RepackedLayerError, InvalidCheckpointError: as [`peft_quant.gptq.read_format`].
+        ValueError: the model has no linear layer, is quantized with another method, is int8 already, or has a weight
+            with NaN.
+        RepackedLayerError: as in [`peft_quant.gptq.read_format`].
+        InvalidCheckpointError: as in [`peft_quant.gptq.read_format`].
     """
     config = copy.copy(config or QFTConfig())
     config.experts_apart = has_experts_apart(model)
@@ -96,7 +98,7 @@ def _refuse_quantized(model: Any) -> None:
 
 
 def _conv1d_layers(model: nn.Module) -> set[str]:
-    """Layers that are a Conv1D, with a transposed weight, in the float model; packed layers do not say so."""
+    """Names of layers that are a Conv1D (transposed weight) in the float model, which packed layers do not record."""
     if not isinstance(model, PreTrainedModel):
         return set()
     config = copy.deepcopy(model.config)
@@ -112,7 +114,7 @@ def _from_gptq(
     whole_groups = packed.in_features % packed.group_size == 0
     if packed.bits == 8 and packed.symmetric and not packed.act_order and whole_groups and not transposed:
         tensors = packed_tensors(layer)
-        codes = (unpack_rows(tensors.qweight, 8).t() ^ 0x80).contiguous().view(torch.int8)  # less the zero point, 128
+        codes = (unpack_rows(tensors.qweight, 8).t() ^ 0x80).contiguous().view(torch.int8)  # minus 128, the zero point
         return Int8Weight.from_parts(codes, tensors.scales.t().float(), dtype=dtype)
     dense = dequantize(layer, packed)
     return Int8Weight.from_dense(dense.t() if transposed else dense, config.outlier_ratio, dtype)

@@ -1,4 +1,4 @@
-"""A trial of saving a model and loading it back, without its values."""
+"""A dry run of saving a model and loading it back, without its values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def first_rows_only(model: PreTrainedModel) -> Iterator[None]:
-    """Have `save_pretrained` write only the first row of every tensor, under its name in the model."""
+    """Make `save_pretrained` write only the first row of every tensor, under its name in the model."""
     saving: Any = model
     conversions = saving._weight_conversions
-    saving.hf_quantizer.only_first_rows, saving._weight_conversions = True, []  # these compute with whole tensors
+    saving.hf_quantizer.only_first_rows, saving._weight_conversions = True, []  # conversions need whole tensors
     try:
         yield
     finally:
@@ -31,7 +31,7 @@ def first_rows_only(model: PreTrainedModel) -> Iterator[None]:
 
 
 def require_readable(model: PreTrainedModel, directory: Path) -> None:
-    """Load what `save_pretrained` would write on the meta device, from names and shapes alone.
+    """Check that a saved model can be loaded, on the meta device, from names and shapes alone.
 
     Args:
         model: the model.
@@ -39,7 +39,7 @@ def require_readable(model: PreTrainedModel, directory: Path) -> None:
 
     Raises:
         ValueError: the loaded model would differ from this one.
-        Exception: as raised by `from_pretrained`.
+        Exception: any error of `from_pretrained`.
     """
     written = read_tensors(directory.glob("*.safetensors"))
     saving: Any = model
@@ -51,7 +51,7 @@ def require_readable(model: PreTrainedModel, directory: Path) -> None:
         config=type(model.config).from_pretrained(directory),
         state_dict=revert_weight_conversion(model, shapes),
         device_map="meta",
-        ignore_mismatched_sizes=True,  # an error below names them
+        ignore_mismatched_sizes=True,  # reported by the error below
         output_loading_info=True,
     )
     del found["mismatched_keys"]

@@ -11,7 +11,7 @@ import torch
 from .. import ops
 
 
-_STREAM = 1  # of random keys; `lion.py` uses the others
+_STREAM = 1  # stream of random keys; `lion.py` uses the others
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class QuantizedGradient:
 
     Attributes:
         codes: int8, in the parameter's shape.
-        scales: fp32, one a block of 256 elements.
+        scales: fp32, one per block of 256 elements.
         square: the squared norm before rounding, an fp32 scalar on the device; not finite if an element is not.
         count: number of gradients in the sum.
     """
@@ -31,19 +31,19 @@ class QuantizedGradient:
     count: int = 1
 
     def dequantize(self) -> torch.Tensor:
-        """fp32, in the parameter's shape."""
+        """The gradient in fp32, in the parameter's shape."""
         return ops.decode_blocks(self.codes, self.scales)
 
 
 class GradientStack:
     """Takes each gradient from autograd as soon as it is computed, so that only one exists in floating point.
 
-    Further gradients of a parameter are added to the one on the stack, without bias (stochastic rounding). Gradients
-    leave last in, first out.
+    Further gradients of a parameter are added to the one on the stack, without bias (stochastic rounding). The last
+    gradient pushed is the first popped.
 
     Args:
-        seed: of the rounding.
-        fused: called with each parameter and its dense gradient, if given; the stack then stays empty.
+        seed: seed of the rounding.
+        fused: if given, called with each parameter and its dense gradient; the stack then stays empty.
 
     Attributes:
         steps: optimizer steps taken so far, counted by the optimizer; seeds the rounding together with `seed`.
@@ -67,11 +67,11 @@ class GradientStack:
                 self._numbers.setdefault(parameter, len(self._numbers))
                 if parameter not in self._hooks:
                     self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._take)
-                # Module.to swaps a parameter's tensor for one without hooks
+                # Module.to replaces a parameter's tensor with one that has no hooks
                 parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
     def detach(self) -> None:
-        """Return gradients to autograd, and drop those on the stack."""
+        """Let autograd set `.grad` again, and drop the gradients on the stack."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -89,7 +89,7 @@ class GradientStack:
 
     @torch.no_grad()
     def push(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Put a dense gradient of a parameter on the stack, or add it to the one there."""
+        """Put a parameter's dense gradient on the stack, or add it to the one already there."""
         entry = self._entries.get(parameter)
         number = self._numbers.setdefault(parameter, len(self._numbers))
         key = ops.random_key(self.seed, _STREAM, self.steps, number, 0 if entry is None else entry.count)
@@ -101,11 +101,11 @@ class GradientStack:
             entry.count += 1
 
     def pop(self) -> tuple[torch.Tensor, QuantizedGradient]:
-        """The parameter whose gradient came last, and that gradient."""
+        """Remove and return the last gradient, after its parameter."""
         return self._entries.popitem()
 
     def norm(self) -> torch.Tensor:
-        """The common norm of all gradients on the stack, an fp32 scalar on the device; not finite if one is not."""
+        """The total norm of the gradients on the stack, an fp32 scalar on the device; not finite if one is not."""
         squares = [entry.square for entry in self._entries.values()]
         if not squares:
             return torch.zeros(())

@@ -16,7 +16,7 @@ from .weight import Int8Weight
 Rounding = Literal["stochastic", "nearest", "error_feedback"]
 
 _ROUNDINGS = {"nearest": ops.NEAREST, "stochastic": ops.STOCHASTIC, "error_feedback": ops.ERROR_FEEDBACK}
-_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # of random keys
+_UPDATE_STREAM, _REFRESH_STREAM, _RESIDUAL_STREAM = 0, 2, 3  # streams of random keys
 
 
 class QuantizedLion(torch.optim.Optimizer):
@@ -28,22 +28,23 @@ class QuantizedLion(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them; `Int8Weight`, fp32, bf16 or fp16.
-        lr: learning rate, by which every weight moves in a step.
-        betas: of the update and of the momentum.
-        weight_decay: decoupled, as in AdamW.
-        rounding: of int8 weights: `"stochastic"`; `"nearest"`, which loses nearly every update; or `"error_feedback"`,
-            to nearest with the remainder kept in one more byte per weight. 16-bit parameters are rounded
-            stochastically, unless this is `"nearest"`.
-        state_bits: 8, or 32 for fp32 momentum.
+        lr: learning rate, the amount by which every weight moves in a step.
+        betas: coefficients of the update and of the momentum.
+        weight_decay: decoupled weight decay, as in AdamW.
+        rounding: rounding of int8 weights: `"stochastic"`; `"nearest"`, which loses nearly every update; or
+            `"error_feedback"`, to nearest with the remainder kept in one more byte per weight. 16-bit parameters are
+            rounded stochastically, unless this is `"nearest"`.
+        state_bits: 8 for int8 momentum, or 32 for fp32.
         fused: update each parameter during backward, as soon as its gradient is computed, and store no gradient.
             One backward per step, and no clipping by the norm of all gradients.
         max_parameter_norm: if fused, clip the gradient of each parameter to this norm.
-        refresh_steps: recompute outliers and scales of int8 weights every so many steps (`Int8Weight.refresh`). 0 for
-            never: then no weight, outliers aside, can grow beyond the largest of its row.
-        seed: of the stochastic rounding.
+        refresh_steps: number of steps between recomputations of the outliers and scales of int8 weights
+            (`Int8Weight.refresh`); 0 for never. Without them no weight but an outlier can grow beyond its row's
+            largest.
+        seed: seed of the stochastic rounding.
 
     Raises:
-        ValueError: a value outside its range, options that exclude each other, or a parameter of another dtype.
+        ValueError: a value is out of range, options exclude each other, or a parameter has another dtype.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class QuantizedLion(torch.optim.Optimizer):
         self._max_norm = math.inf
         self._norm: torch.Tensor | None = None
         self._updated: set[torch.Tensor] = set()
-        self._places: dict[torch.Tensor, tuple[int, int]] = {}  # group and number
+        self._places: dict[torch.Tensor, tuple[int, int]] = {}  # index of the group, and in it
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "steps": 0, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,12 +104,12 @@ class QuantizedLion(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were skipped because gradients were not finite; if fused, of the parameter with the most."""
+        """Number of steps skipped because gradients were not finite; if fused, the most of any parameter."""
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         return int(torch.stack([count.to(counts[0].device) for count in counts]).max()) if counts else 0
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Have the next step scale all gradients so that their common norm is at most `max_norm`.
+        """Make the next step scale all gradients so that their total norm is at most `max_norm`.
 
         Returns:
             The norm before clipping, an fp32 scalar on the device.
@@ -218,7 +219,7 @@ class QuantizedLion(torch.optim.Optimizer):
         """Load states without casting them, int8 ones included.
 
         Raises:
-            ValueError: the states are of other parameters, or were made with another `state_bits` or `rounding`.
+            ValueError: the states belong to other parameters, or were saved with another `state_bits` or `rounding`.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]

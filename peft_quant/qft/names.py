@@ -1,4 +1,4 @@
-"""From names in a checkpoint to parameters of a model and back, by transformers' own rules."""
+"""Mapping of checkpoint tensor names to model parameters and back, by transformers' own rules."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 def parameters_of(
     names: Iterable[str], model: PreTrainedModel, conversions: Iterable[WeightTransform]
 ) -> dict[str, tuple[list[str], str | None]]:
-    """The parameters that `from_pretrained` makes of a checkpoint's tensors.
+    """The parameters that `from_pretrained` creates from a checkpoint's tensors.
 
     Args:
-        names: of the tensors in the checkpoint.
+        names: names of the tensors in the checkpoint.
         model: the model to load.
         conversions: the conversions it is loaded with.
 
     Returns:
-        By name, the parameters that the tensor becomes, whether the model has them or not, and the pattern of the
-        conversion that computes them, or None.
+        For each name, the parameters that the tensor becomes, whether or not the model has them, and the pattern of
+        the conversion that computes them, or None.
     """
-    conversions = deepcopy(list(conversions))  # they keep state of their use
+    conversions = deepcopy(list(conversions))  # using them changes their state
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     computing = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -57,12 +57,12 @@ def parameters_of(
 def conversions_to_revert(model: PreTrainedModel, int8: Iterable[str]) -> list[WeightTransform]:
     """The conversions that `save_pretrained` would revert if the model were in float.
 
-    They are those that the model was loaded with and will be loaded with again, which excludes any that were passed to
-    `from_pretrained`, and those that an int8 checkpoint does not need.
+    These are the ones that the model was loaded with and will be loaded with again, which excludes any passed to
+    `from_pretrained`, and the ones that an int8 checkpoint does not need.
 
     Args:
         model: the model.
-        int8: names of its tensors in int8.
+        int8: names of its int8 tensors.
     """
     loaded_with = getattr(model, "_weight_conversions", None)
     if loaded_with is None:
@@ -75,7 +75,7 @@ def conversions_to_revert(model: PreTrainedModel, int8: Iterable[str]) -> list[W
 
 
 def conversions_apart_from(names: Iterable[str], conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """The conversions that, when reverted, compute nothing from the tensors of these names."""
+    """The conversions whose reversal computes nothing from the named tensors."""
     names = list(names)
     return [
         each
@@ -85,7 +85,7 @@ def conversions_apart_from(names: Iterable[str], conversions: Iterable[WeightTra
 
 
 def saved_as(names: Iterable[str], conversions: Iterable[WeightTransform]) -> dict[str, str]:
-    """The names in a checkpoint, by name, of tensors from which reverting the conversions computes nothing."""
+    """Checkpoint names by model name, for tensors from which reverting the conversions computes nothing."""
     reverse = [each.reverse_transform() for each in reversed(list(conversions)) if isinstance(each, WeightRenaming)]
     saved = {}
     for name in names:

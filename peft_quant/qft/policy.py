@@ -15,7 +15,7 @@ from .config import QFTConfig
 
 
 class _Layer(NamedTuple):
-    """A module, and the facts of its model that the policy depends on."""
+    """A module, and the facts about it that the policy depends on."""
 
     name: str
     module: nn.Module
@@ -41,14 +41,14 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|wg|shared_expert_gate|router\.[^.]+)$")
 
 POLICY = (
-    # all that a class adds to its base model, so that the base is the same under every head; a head tied to the
-    # embeddings is the same tensor
+    # everything that a class adds to its base model, so that the base is the same under every head; a head tied to the
+    # embeddings shares their tensor
     Rule(
         "head",
         lambda layer: layer.head or bool(_HEAD.search(layer.name)),
         lambda config, layer: layer.tied and config.embeddings,
     ),
-    # small, and decides between experts
+    # small, and sensitive: it chooses the experts
     Rule("router", lambda layer: bool(_ROUTER.search(layer.name)), lambda config, layer: False),
     Rule(
         "linear layer",
@@ -64,7 +64,7 @@ def int8_modules(model: nn.Module, config: QFTConfig) -> dict[str, nn.Module]:
     """The modules whose `weight` is int8 under a config, by name.
 
     Raises:
-        ValueError: no linear layer is among them.
+        ValueError: none of them is a linear layer.
     """
     found, linear = {}, 0
     skipped = config.modules_to_not_convert or []
@@ -101,12 +101,12 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _embeddings(model: Any, which: str) -> nn.Module | None:
     try:
         return getattr(model, f"get_{which}_embeddings")()
-    except (AttributeError, NotImplementedError):  # not a model of transformers, or not one of text
+    except (AttributeError, NotImplementedError):  # not a transformers model, or not a text model
         return None
 
 
 def _added_to_base(model: nn.Module) -> set[nn.Module]:
-    """Modules that belong neither to the model's base model nor to another model inside it."""
+    """Modules outside the model's base model and any other model inside it."""
     base = getattr(model, "base_model", model)
     if base is model or not isinstance(base, nn.Module):
         return set()

@@ -1,4 +1,4 @@
-"""QFT as a quantizer of transformers: `save_pretrained` and `from_pretrained` of int8 models."""
+"""The transformers quantizer of QFT: `save_pretrained` and `from_pretrained` of int8 models."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .weight import Int8Weight
 
 
 class QFTQuantizer(HfQuantizer):
-    """Loads a model by its [`QFTConfig`]: an int8 checkpoint unchanged, a float one quantized weight by weight.
+    """Loads a model with a [`QFTConfig`]: an int8 checkpoint unchanged, a float one quantized weight by weight.
 
     A weight that the checkpoint lacks, such as that of a pooler under a new head, is initialized by transformers and
     then quantized.
 
     Attributes:
-        only_first_rows: have `save_pretrained` write only the first row of each tensor, for a trial.
-        conversions: those that saving the model in float would revert. Saving in int8 leaves out the ones that compute
-            with weights in int8, and writes these weights under their names in the model.
+        only_first_rows: whether `save_pretrained` writes only the first row of each tensor, for a dry run.
+        conversions: the conversions that saving the model in float would revert. Saving in int8 skips those that
+            compute from int8 weights, and writes these weights under their names in the model.
 
     Raises (from `from_pretrained`):
         InvalidCheckpointError: an int8 checkpoint is damaged or does not fit the policy in its config.
         ValueError: the model has no linear layer.
 
     Raises (from `save_pretrained`):
-        ValueError: other weights are in int8 than the policy in the config says, which could not be loaded.
+        ValueError: the int8 weights are not those that the policy in the config selects, so loading would fail.
     """
 
     quantization_config: QFTConfig
@@ -44,7 +44,7 @@ class QFTQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._int8: frozenset[str] = frozenset()
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        self._loading: tuple[PreTrainedModel, list[str]] | None = None  # a model, and files to check
+        self._loading: tuple[PreTrainedModel, list[str]] | None = None  # the model, and the files to check
         self.only_first_rows = False
         self.conversions: list[WeightTransform] = []
 
@@ -91,7 +91,7 @@ class QFTQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         if self.quantization_config.experts_apart:
             weight_conversions = with_experts_apart(weight_conversions)
-        # the first match of a name converts it, so int8 parts come first
+        # the first conversion that matches a name is used, so int8 parts come first
         conversions = [*self.get_weight_conversions(), *weight_conversions]
         if self._loading is not None:
             model, files = self._loading
@@ -100,7 +100,7 @@ class QFTQuantizer(HfQuantizer):
         return conversions
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        if not getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved then
+        if not getattr(model, "_hf_peft_config_loaded", False):  # if loaded, only adapters are saved
             _require_policy(model, self.quantization_config)
             self._check_names(model)
         tensors = flatten(model.state_dict(), getattr(model, "all_tied_weights_keys", {}))
@@ -140,7 +140,7 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def _quantize_new(self, model: PreTrainedModel) -> None:
-        encoded: dict[int, nn.Parameter] = {}  # so that ties are kept
+        encoded: dict[int, nn.Parameter] = {}  # by id, to keep ties
         for name in sorted(self._int8):
             weight = model.get_parameter(name)
             if isinstance(weight, Int8Weight) or weight.is_meta:
@@ -151,7 +151,7 @@ class QFTQuantizer(HfQuantizer):
             model.get_submodule(name.rpartition(".")[0]).weight = encoded[id(weight)]
 
     def _check_floats(self, model: PreTrainedModel) -> None:
-        """Refuse other shapes and cast renamed tensors, which transformers 5.14 does not do for quantized models."""
+        """Refuse mismatched shapes and cast renamed tensors, which transformers 5.14 omits for quantized models."""
         for name, (shape, dtype) in self._expected.items():
             parameter = model.get_parameter(name)
             if parameter.shape != shape:
@@ -198,7 +198,7 @@ class _Assemble(ConversionOps):
 
 
 class _Encode(ConversionOps):
-    """Encodes the float weights that the policy puts in int8."""
+    """Encodes float weights that the policy puts in int8."""
 
     def __init__(self, hf_quantizer: QFTQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -228,7 +228,7 @@ def _first_row(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def int8_names(model: nn.Module) -> list[str]:
-    """The names of a model's int8 weights, all of them for tied ones."""
+    """The names of a model's int8 weights; every name of tied ones."""
     parameters = model.named_parameters(remove_duplicate=False)
     return [name for name, parameter in parameters if isinstance(parameter, Int8Weight)]
 
@@ -250,7 +250,7 @@ def _require_policy(model: PreTrainedModel, config: QFTConfig) -> None:
 
 
 def attach_quantizer(model: Any, config: QFTConfig) -> None:
-    """Make a converted model save int8 checkpoints, as if it had been loaded from one."""
+    """Let a converted model save int8 checkpoints, as if it had been loaded from one."""
     model.hf_quantizer = QFTQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method

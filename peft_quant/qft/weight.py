@@ -1,4 +1,4 @@
-"""A weight in int8 that can be any parameter: `nn.Parameter(Int8Weight.from_dense(weight))`."""
+"""An int8 weight that can be used as a parameter: `nn.Parameter(Int8Weight.from_dense(weight))`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Int8Weight(torch.Tensor):
-    """A weight `[N, K]` held as int8 codes, fp32 scales and a fixed number of outliers a row.
+    """A weight `[N, K]` held as int8 codes, fp32 scales and a fixed number of outliers per row.
 
-        weight[n, k] = codes[n, k] * scales[n, k // g]  (+ outlier value where one lies)
+        weight[n, k] = codes[n, k] * scales[n, k // g]  (+ the outlier's value, if there is one)
 
-    Its nominal dtype is a floating point one, in which it decodes. `F.linear` and `F.embedding` decode it and keep
-    nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored without decoding;
-    every other operation runs on the decoded weight, and one that writes encodes the result, to nearest. So does an
-    assignment of `data`, with any number of rows, of which unchanged ones keep their codes: transformers resizes
+    Its nominal dtype is floating point, and it decodes to that dtype. `F.linear` and `F.embedding` decode it and keep
+    nothing dense for backward; its gradient is a dense tensor. Rows can be split, copied and stored without decoding.
+    Every other operation runs on the decoded weight, and in-place operations encode the result to nearest. Assigning
+    to `data` encodes too; the number of rows may change, and unchanged rows keep their codes: transformers resizes
     embeddings this way.
 
     Attributes:
         codes: int8 `[N, K]`.
-        scales: fp32 `[N, G]`, of groups of `g = K / G` weights in a row; not zero, of either sign.
+        scales: fp32 `[N, G]`, one per group of `g = K / G` weights in a row; not zero, of either sign.
         outlier_columns: int16 (int32 if K > 32768) `[N, R]`, ascending in each row; None without outliers.
         outlier_values: fp32 `[N, R]`, or None.
         flat: whether it is the flat view `[N * K]` of a weight.
@@ -73,14 +73,15 @@ class Int8Weight(torch.Tensor):
     def from_dense(
         cls, weight: torch.Tensor, outlier_ratio: float = 0.01, dtype: torch.dtype | None = None
     ) -> Int8Weight:
-        """Encode a floating point `[N, K]`, to nearest.
+        """Encode a floating point weight `[N, K]`, to nearest.
 
         Args:
+            weight: the weight.
             outlier_ratio: share of each row's weights, the largest ones, that are kept in fp32.
-            dtype: the nominal dtype, which is computed in; that of `weight` by default.
+            dtype: the nominal dtype, used for computation; that of `weight` by default.
 
         Raises:
-            ValueError: `weight` is not a matrix, or not finite, or the ratio is not in `[0, 1)`.
+            ValueError: `weight` is not a matrix or not finite, or the ratio is not in `[0, 1)`.
         """
         if weight.dim() != 2:
             raise ValueError(f"An int8 weight is a matrix, found the shape {tuple(weight.shape)}: keep it in 16 bits.")
@@ -101,7 +102,7 @@ class Int8Weight(torch.Tensor):
         outlier_values: torch.Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Int8Weight:
-        """A weight from its parts; see the class for shapes and dtypes.
+        """Create a weight from its parts; see the class for shapes and dtypes.
 
         Raises:
             ValueError: shapes or dtypes do not fit, scales are zero or not finite, values are not finite, or
@@ -120,14 +121,14 @@ class Int8Weight(torch.Tensor):
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight, detached, in `dtype` or by default the nominal dtype."""
+        """The dense weight, detached, in `dtype` (by default the nominal dtype)."""
         return ops.decode_weight(self._tensors(), dtype or self.dtype).view(self.shape)
 
     @torch.no_grad()
     def refresh(self, key: int) -> None:
         """Recompute outliers, and scales of groups whose codes reach the edge or use less than half of their range.
 
-        In place; rounding is stochastic by the key (`ops.random_key`). Weights whose scale stays keep their codes.
+        In place; the key (`ops.random_key`) seeds the stochastic rounding. Weights whose scale stays keep their codes.
         """
         ops.refresh_weight(self._tensors(), key)
 
@@ -144,7 +145,7 @@ class Int8Weight(torch.Tensor):
         *,
         out: Int8Weight | None = None,
     ) -> tuple[Int8Weight, tuple[torch.Tensor, ...]] | None:
-        if out is not None:  # shares the memory of what was gathered
+        if out is not None:  # already shares memory with the gathered tensors
             return None
         return Int8Weight.__tensor_unflatten__(dict(zip(self.parts, gathered)), (dtype, False)), gathered
 
@@ -161,7 +162,7 @@ class Int8Weight(torch.Tensor):
         return Int8Weight(*(*tensors, dtype or self.dtype, self.flat))
 
     def _encoded_like(self, dense: torch.Tensor) -> Int8Weight:
-        """Encode a dense weight, of any number of rows, with the groups and outliers of this one; equal rows stay."""
+        """Encode a dense weight of any number of rows, with the same groups and outliers; equal rows stay."""
         dense = dense.detach()
         if dense.dim() != 2 or dense.shape[1] != self.codes.shape[1]:
             raise ValueError(
@@ -274,7 +275,7 @@ def _split(func: Any, weight: Int8Weight, size: int, dim: int = 0) -> Any:
 
 
 def _new_zeros(func: Any, weight: Int8Weight, size: Any, **kwargs: Any) -> torch.Tensor:
-    """Zero rows in int8, to be written; a dense tensor if they have another width or dtype."""
+    """Zeros in int8, to be overwritten; a dense tensor if the width or dtype differs."""
     if weight.flat or len(size) != 2 or size[1] != weight.shape[1] or kwargs.get("dtype") not in (None, weight.dtype):
         return torch.zeros(size, **{"dtype": weight.dtype, "device": weight.device, **kwargs})
     kwargs.pop("dtype", None)
@@ -318,7 +319,7 @@ _IMPLEMENTED: dict[Any, Callable[..., Any]] = {
 }
 
 
-# Dynamo would trace into the autograd Function, and before PyTorch 2.13 lose there what checkpointing recomputes
+# Dynamo would trace into the autograd Function, and before PyTorch 2.13 checkpointing would not recompute it
 @torch.compiler.allow_in_graph
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, Int8Weight) or weight.flat:

@@ -1,1 +1,1 @@
-"""Fine-tuning methods, in PEFT's own shape: a configuration, a layer and a model each."""
+"""Fine-tuning methods, structured like PEFT's: each has a configuration, a layer and a model."""

@@ -1,4 +1,4 @@
-"""Hot-swapping: new values for a loaded adapter, without new modules and without recompilation."""
+"""Hot-swapping: replaces the values of a loaded adapter without new modules or recompilation."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the values of a loaded adapter by those of another one, in place.
+    """Replace the values of a loaded adapter with those of another one, in place.
 
-    PEFT's function of the same name, extended to PEQA; LREC and other adapters are passed on to PEFT's.
+    Extends PEFT's function of the same name to PEQA; LREC and other adapters are passed on to PEFT's.
 
     Args:
-        model: the model with the loaded adapter; may be compiled.
+        model: the model with the loaded adapter; it may be compiled.
         model_name_or_path: directory or Hub id of the new adapter.
-        adapter_name: name of the loaded adapter, which it keeps.
+        adapter_name: name of the loaded adapter, which stays.
         torch_device: device to load the new weights on.
         **kwargs: Hub options such as `revision`, `subfolder` and `token`.
 
     Raises:
-        ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options;
-            the new one holds NaN. The model is unchanged then.
+        ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options; or
+            the new one holds NaN. The model is then unchanged.
     """
     new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     _require_replaceable(new, model_name_or_path)
@@ -49,7 +49,7 @@ def hotswap_adapter(
 
 
 def _require_replaceable(new: PeftConfig, path: str) -> None:
-    """Raise a `ValueError` if hot-swapping would not replace all that an adapter trained."""
+    """Raise a `ValueError` if hot-swapping would not replace everything that an adapter trained."""
     if isinstance(new, (LRECConfig, PEQAConfig)) and new.modules_to_save:
         raise ValueError(
             f"{path} trained modules_to_save={sorted(new.modules_to_save)}, which hot-swapping does not replace. Load "

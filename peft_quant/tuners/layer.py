@@ -1,4 +1,4 @@
-"""A GPTQ linear layer with adapters, of any method."""
+"""Base class of GPTQ linear layers with adapters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         base_layer: the GPTQ layer.
-        packed: its format.
-        activation_dtype: the dtype that the model computes in, which is also that of `weight`.
-        first_to_move: the containers, among `adapter_layer_names`, that the first optimizer step must change.
+        packed: format of the packed weight.
+        activation_dtype: the dtype that the model computes in, also that of `weight`.
+        first_to_move: the containers in `adapter_layer_names` whose parameters the first optimizer step must change.
     """
 
     base_layer: nn.Module
@@ -36,11 +36,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     update_layer: Callable[..., None]
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """`[..., K]` to `[..., N]` with the given adapters, all known to the layer and none merged."""
+        """Map `[..., K]` to `[..., N]` with the given adapters, all known to the layer and none merged."""
         raise NotImplementedError
 
     def known_adapters(self, adapter_names: list[str]) -> list[str]:
-        """Those of the given adapters that the layer has."""
+        """The given adapters that the layer has."""
         raise NotImplementedError
 
     def base_tensors(self) -> gptq.PackedTensors:
@@ -108,7 +108,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
 
 def check_finite(owner: str, tensor: torch.Tensor) -> None:
-    """Raise a `ValueError` naming the owner if a tensor of an adapter holds NaN or infinite values."""
+    """Raise a `ValueError` that names the owner if an adapter's tensor holds NaN or infinite values."""
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Base class of the methods: target layers, the base an adapter belongs to, mixed batches."""
+"""Base class of the methods: target layers, matching of adapters to their base, mixed batches."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class PackedTuner(BaseTuner):
     """A method that adapts GPTQ layers. Errors in a model or an adapter are raised before the model changes.
 
     Attributes:
-        linear_class: the method's layer, made as `linear_class(base_layer, adapter_name, config, packed, **options)`
-            and given further adapters by `update_layer(adapter_name, config=config, **options)`.
+        linear_class: class of the method's layers, called as `linear_class(base_layer, adapter_name, config, packed,
+            **options)`. Their `update_layer(adapter_name, config=config, **options)` adds further adapters.
     """
 
     linear_class: type[AdaptedLinear]
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
-        """Casts leave the scales of all GPTQ layers in their dtype, with or without an adapter."""
+        """Apply `fn`, but keep the dtype of the scales of all GPTQ layers, with or without an adapter."""
         scales = [getattr(layer, "scales", None) for layer in packed_modules(self.model).values()]
         return super()._apply(without_cast(fn, [kept for kept in scales if kept is not None]), recurse)
 
@@ -134,7 +134,7 @@ class PackedTuner(BaseTuner):
     def _base_layers(
         self, formats: dict[str, gptq.PackedFormat], packed_layers: dict[str, nn.Module]
     ) -> Layers | None:
-        """GPTQ layers as they are without adapters, or None if they have no values."""
+        """The GPTQ layers without adapters, or None if they have no values."""
         layers = {}
         for name, packed in formats.items():
             adapted = self.model.get_submodule(name)
@@ -148,10 +148,10 @@ class PackedTuner(BaseTuner):
         Args:
             adapter_name: a loaded adapter with these layers.
             recorded: `base_quantization` of the other adapter.
-            base: the other adapter's name for its base.
+            base: name of the base in the other adapter's configuration.
 
         Raises:
-            ValueError: it is another base.
+            ValueError: the model is another base.
         """
         formats = {
             name: layer.packed
@@ -201,7 +201,7 @@ class PackedTuner(BaseTuner):
             prove_first_step(model, self.linear_class)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32, or without autocasting the dtype of the model, or of its scales if it has none."""
+        """Cast an adapter to fp32, or without autocasting to the dtype of the model (of its scales if it has none)."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -213,7 +213,7 @@ class PackedTuner(BaseTuner):
         """The `modules_to_save` of a combination of adapters.
 
         Raises:
-            ValueError: two of them have the same one.
+            ValueError: two adapters have the same module.
         """
         shared = [
             wrapper for wrapper in self._wrappers() if sum(name in wrapper.modules_to_save for name in adapters) > 1
@@ -227,7 +227,7 @@ class PackedTuner(BaseTuner):
         return list(dict.fromkeys(names)) or None
 
     def _copy_modules(self, adapters: list[str], adapter_name: str) -> None:
-        """Copy the `modules_to_save` of the adapters to their combination, to which PEFT gave the base's."""
+        """Copy the adapters' `modules_to_save` to their combination, whose modules PEFT copied from the base."""
         for wrapper in self._wrappers():
             for name in adapters:
                 if name in wrapper.modules_to_save:
@@ -276,7 +276,7 @@ ask_for_weight(is_prepared)
 
 
 def _warn_if_mislabelled(formats: dict[str, gptq.PackedFormat]) -> None:
-    """Some checkpoints store symmetric zero points in one format and declare the other, which ruins the model."""
+    """Warn if symmetric zero points are stored in one format but declared as the other, which ruins the model."""
     suspects = [
         name
         for name, packed in formats.items()

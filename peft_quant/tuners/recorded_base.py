@@ -1,4 +1,4 @@
-"""One configuration object for adapters of several base models."""
+"""Reuse of one configuration object for adapters of several base models."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 class RecordedBase(dict[str, Any]):
     """The `base_quantization` of a configuration that was used on a model in memory.
 
-    In a configuration loaded from a file it is a plain dict, and the adapter fits that base only. This one describes
-    the base, and leaves the configuration free to be used on another.
+    In a configuration loaded from a file it is a plain dict, and the adapter fits only that base. This class marks the
+    entry as recomputable, so that the configuration can be used on another base.
 
     Attributes:
         base_name: `base_model_name_or_path` of the base.
         layers: names of the adapted layers.
         given_targets: `target_modules` as the user gave them.
-        resolved_targets: `target_modules` as they were then written into the configuration.
+        resolved_targets: `target_modules` as the library resolved them for this base.
     """
 
     base_name: str | None = None
@@ -27,9 +27,9 @@ class RecordedBase(dict[str, Any]):
 
 
 def copy_without_record(given: Any) -> Any:
-    """A copy of a configuration to use on a model: as the user gave it, without what was filled in for another base.
+    """A copy of a configuration as the user gave it, without the fields filled in for another base.
 
-    `given` gets the name of the other base back, over which PEFT has written the model's.
+    In `given` itself, the name of the other base is restored, which PEFT has overwritten with the model's.
     """
     config, record = copy(given), given.base_quantization
     if isinstance(record, RecordedBase):
@@ -41,12 +41,12 @@ def copy_without_record(given: Any) -> Any:
 
 
 def shared_config(given: Any, used: Any, given_targets: Any, layers: Collection[str]) -> Any:
-    """The configuration that an adapter holds: the user's object, or the copy if that object describes another base.
+    """The configuration that an adapter keeps: the user's object, or its copy if that object describes another base.
 
     Args:
         given: the user's object.
-        used: its copy, which was filled in.
-        given_targets: `target_modules` of the copy before.
+        used: its copy, with the fields filled in.
+        given_targets: `target_modules` of the copy before they were filled in.
         layers: names of the adapted layers.
     """
     earlier, record = given.base_quantization, used.base_quantization

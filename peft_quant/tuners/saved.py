@@ -1,4 +1,4 @@
-"""The check of a saved adapter before it is loaded: its base, and finite values of nothing but what it trained."""
+"""Checks of a saved adapter before it is loaded: it fits the base, is finite, and holds only what it trained."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _TOKENS = ".trainable_tokens_delta"
 def require_trained(
     adapter: str, config: Any, weights: Mapping[str, torch.Tensor], base: Callable[[str], torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
-    """Check that the tensors of a saved adapter are finite and are what its configuration trains.
+    """Check that the tensors of a saved adapter are finite and are those that its configuration trains.
 
-    PEFT also saves embeddings that an adapter does not train, on request and where the vocabulary was resized. They
-    must equal the base's.
+    PEFT also saves embeddings that an adapter does not train, on request and if the vocabulary was resized. They must
+    equal the base's.
 
     Args:
-        adapter: what to call it in an error.
+        adapter: name of the adapter in error messages.
         config: its configuration.
         weights: its tensors, by name.
-        base: gives the tensor of that name in the base, with the base's number of rows; None if it has none.
+        base: returns the base's tensor of a given name, with the base's number of rows, or None.
 
     Returns:
         The tensors that differ from the base's, by name without PEFT's prefix.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: a tensor is not finite or not trained; the message names it.
     """
     differing: dict[str, torch.Tensor] = {}
     named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
@@ -78,7 +78,7 @@ def _modules(config: Any) -> list[str]:
 
 
 def _equals_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
-    """Whether a matrix equals the base's in the rows that both have, in either dtype."""
+    """Whether a matrix equals the base's in their common rows, in either dtype."""
     if base is None or base.shape[1:] != tensor.shape[1:] or tensor.ndim != 2:
         return False
     rows = min(len(base), len(tensor))
@@ -111,7 +111,7 @@ def _check_saved(
 
 
 def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
-    """A tensor of a model without adapters, with as many rows as in the model's files, if these are known."""
+    """A tensor of a model without adapters, cut to the number of rows in the model's files, if these are known."""
     module, _, attribute = name.rpartition(".")
     try:
         tensor = getattr(model.get_submodule(module), attribute, None)

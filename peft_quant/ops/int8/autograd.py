@@ -15,8 +15,8 @@ from .operators import EncodedWeight
 class Int8LinearFunction(torch.autograd.Function):
     """`y = x @ W^T + b`, differentiable in `x`, `weight` and `bias`.
 
-    `weight` is a tensor subclass that holds `encoded`. Saves `encoded`, which backward decodes again, and `x` if the
-    weight trains.
+    `weight` is a tensor subclass that holds `encoded`. Saves `encoded`, which backward decodes again, and, if the
+    weight is trained, `x`.
     """
 
     @staticmethod
@@ -45,4 +45,4 @@ class Int8LinearFunction(torch.autograd.Function):
 
 
 def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # knows no meta device
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # no autocast on meta

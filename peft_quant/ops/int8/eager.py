@@ -1,7 +1,7 @@
-"""int8 weights, gradients and momentum in plain PyTorch: the path of every device without a kernel of its own.
+"""int8 weights, gradients and momentum in plain PyTorch, for devices without a kernel.
 
-Gradients and momentum are flat runs of `BLOCK` elements with one fp32 scale each; weights have scales by row, or by
-groups of a row, and outliers. All is symmetric, `value = code * scale`, so that zero stays zero.
+Gradients and momentum are flat blocks of `BLOCK` elements with one fp32 scale each; weights have scales per row, or
+per group of a row, and outliers. Everything is symmetric, `value = code * scale`, so zero stays zero.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from .operators import BLOCK, ERROR_FEEDBACK, NEAREST, STOCHASTIC, EncodedWeight
 
 
 LARGEST = 127
-_RUN = 1 << 18  # elements, whole blocks; what is computed of them stays in a CPU's cache
-# what the largest of a block becomes: so little below 127 that no noise rounds it to 128
+_RUN = 1 << 18  # elements processed at a time (whole blocks), so that intermediates stay in the CPU's cache
+# code of a block's largest element: just far enough below 127 that noise never rounds it to 128
 RANGE = LARGEST - 2.0**-13
-# below it, a block counts as zero: the inverse of its scale would overflow
+# a block whose largest element is below it counts as zero: the inverse of its scale would overflow
 SMALLEST = 2.0**-100
 _SCALE_OF_ZEROS = 2.0**-13
-_ROOM = 1.125  # that a new scale leaves for growth
+_ROOM = 1.125  # headroom for growth in a new scale
 
 
 def _runs(elements: int) -> Iterator[tuple[slice, slice]]:
-    """Elements and blocks of one run after another."""
+    """Yield the elements and the blocks of each run."""
     for start in range(0, elements, _RUN):
         stop = min(start + _RUN, elements)
         yield slice(start, stop), slice(start // BLOCK, blocks_of(stop))
 
 
 def _in_blocks(x: torch.Tensor) -> torch.Tensor:
-    """Elements -> fp32 `[blocks, BLOCK]`, the last one filled up with zeros."""
+    """Elements -> fp32 `[blocks, BLOCK]`; the last block is padded with zeros."""
     return F.pad(x.float(), (0, -len(x) % BLOCK)).view(-1, BLOCK)
 
 
 def _words(elements: slice, key: int, device: torch.device) -> torch.Tensor:
-    """Random words `[blocks, BLOCK]`."""
+    """Random int32 words `[blocks, BLOCK]`, one per element."""
     stop = blocks_of(elements.stop) * BLOCK
     return random_words(elements.start, stop, key, device).view(-1, BLOCK)
 
@@ -82,21 +82,21 @@ def _write_gradient(
         squares[blocks] = values.square().sum(1)
         integers, new_scales = _encode(values, dither(_words(run, key, x.device), 0))
         codes[run] = integers.view(-1)[: run.stop - run.start].to(torch.int8)
-        # so that what is not finite stays so when more is added
+        # a NaN scale keeps an overflowed block non-finite when more is added
         scales[blocks] = torch.where(squares[blocks] < torch.inf, new_scales[:, 0], torch.nan)
 
 
 def decode_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Gradients or momentum, fp32 in the shape of `codes`."""
+    """Decode gradients or momentum to fp32, in the shape of `codes`."""
     values = _in_blocks(codes.reshape(-1)) * scales[:, None]
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
 def encode_weight(weight: torch.Tensor, outliers: int, groups: int = 1) -> EncodedWeight:
-    """A finite weight `[N, K]` -> codes, to nearest, and scales `[N, groups]`, columns and values `[N, outliers]`.
+    """Encode a finite weight `[N, K]` by round-to-nearest, with scales `[N, groups]` and outliers `[N, outliers]`.
 
     The outliers, if any, are the largest magnitudes of each row, and their codes are 0. A group of zeros gets the mean
-    scale of the others.
+    scale of the other groups.
     """
     rest, columns, values = _without_outliers(weight.float(), outliers)
     scales = rest.view(len(rest), groups, -1).abs().amax(2) * (1 / LARGEST)
@@ -107,9 +107,10 @@ def encode_weight(weight: torch.Tensor, outliers: int, groups: int = 1) -> Encod
 
 
 def refresh_weight(encoded: EncodedWeight, key: int) -> None:
-    """Choose outliers anew, and scales where codes have come to the edge or use less than half of their range.
+    """Recompute outliers, and scales of groups whose codes reach the edge or use less than half of their range.
 
-    In place, a run of rows at a time. What keeps its scale keeps its code; all else is rounded stochastically.
+    In place, a run of rows at a time. Weights whose scale stays keep their codes; all others are rounded
+    stochastically.
     """
     width = encoded.codes.shape[1]
     step = max(1, _RUN // width)
@@ -130,7 +131,7 @@ def refresh_weight(encoded: EncodedWeight, key: int) -> None:
 
 
 def _as_fp16_has_them(scales: torch.Tensor) -> torch.Tensor:
-    """Scales rounded to fp16, in which GPTQ checkpoints store them, as far as its normal numbers go."""
+    """Scales rounded to fp16, as GPTQ checkpoints store them, unless they are outside its normal range."""
     rounded = scales.half().float()
     return torch.where((scales >= 2.0**-14) & rounded.isfinite(), rounded, scales)
 
@@ -149,7 +150,7 @@ def _without_outliers(
 def _codes(weight: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     codes = (weight.view(*scales.shape, -1) / scales[:, :, None]).view(weight.shape)
     if noise is not None:
-        # quotients of codes by their own scale are off by a rounding, which noise would make a step of
+        # dividing a decoded value by its own scale leaves a rounding error, which noise could turn into a whole step
         whole = codes.round()
         codes = torch.where((codes - whole).abs() < 2.0**-12, whole, codes) + noise
     return codes.round().clamp_(-LARGEST, LARGEST).to(torch.int8)
@@ -179,7 +180,7 @@ def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
 
 
 def random_residual(codes: torch.Tensor, key: int) -> torch.Tensor:
-    """Residuals for error feedback to begin with, uniform, so that codes are as ready to move as later on."""
+    """Initial residuals for error feedback, uniform, so that codes move from the first step as they do later."""
     residual = torch.empty_like(codes)
     if codes.is_meta:
         return residual

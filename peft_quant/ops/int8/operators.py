@@ -1,8 +1,8 @@
 """The int8 operators of QFT: schemas, shapes and checks. `eager.py` and `triton.py` implement them.
 
-Symbols: `N` out-features, `K` in-features, `G` groups of a row, `R` outliers of a row, `B` blocks of 256 elements.
-Gradients and momentum are encoded as codes, int8 of any shape, and scales, fp32 `[B]`, one for 256 elements in a row.
-`key` is that of the stochastic rounding (`random_key`).
+Symbols: `N` out-features, `K` in-features, `G` groups per row, `R` outliers per row, `B` blocks of 256 elements.
+Gradients and momentum are encoded as int8 codes of any shape and fp32 scales `[B]`, one per 256 consecutive elements.
+`key` seeds the stochastic rounding (`random_key`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class EncodedWeight(NamedTuple):
     Attributes:
         codes: int8 `[N, K]`.
         scales: fp32 `[N, G]`.
-        columns: of the outliers, int16 (int32 if K > 32768) `[N, R]`; None without outliers.
-        values: of the outliers, fp32 `[N, R]`, or None.
+        columns: columns of the outliers, int16 (int32 if K > 32768) `[N, R]`; None without outliers.
+        values: values of the outliers, fp32 `[N, R]`, or None.
     """
 
     codes: torch.Tensor
@@ -41,26 +41,26 @@ class EncodedWeight(NamedTuple):
 
 
 class LionStep(NamedTuple):
-    """A step of Lion on contiguous tensors, which are int8 where they have scales, and floating point where not.
+    """Arguments of a Lion step. Tensors are contiguous: int8 if they have scales, otherwise floating point.
 
     Attributes:
-        weight: any shape.
-        weight_scales: fp32 `[N, G]`.
-        gradient: as the weight.
-        gradient_scales: fp32 `[B]`.
-        momentum: as the weight; fp32 without scales.
-        momentum_scales: fp32 `[B]`.
-        residual: what rounding left of each code, int8, in 1/256 of it.
-        norm: of all gradients, an fp32 scalar.
-        skipped: steps skipped because `norm` was not finite, an int32 scalar.
+        weight: the weight, of any shape.
+        weight_scales: fp32 `[N, G]`, or None.
+        gradient: the gradient, in the shape of the weight.
+        gradient_scales: fp32 `[B]`, or None.
+        momentum: the momentum, in the shape of the weight; fp32 without scales.
+        momentum_scales: fp32 `[B]`, or None.
+        residual: rounding remainder of each code, int8, in units of 1/256 of a code.
+        norm: norm of all gradients, an fp32 scalar.
+        skipped: number of steps skipped because `norm` was not finite, an int32 scalar.
         max_norm: the gradient is scaled so that `norm` becomes at most this.
         lr: learning rate.
-        beta1: of the update.
-        beta2: of the momentum.
-        weight_decay: decoupled, as in AdamW.
-        rounding: of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs a residual. One in 16 bits is
-            rounded to nearest with NEAREST, and stochastically otherwise.
-        key: of the stochastic rounding.
+        beta1: coefficient of the update.
+        beta2: coefficient of the momentum.
+        weight_decay: decoupled weight decay, as in AdamW.
+        rounding: rounding of an int8 weight: NEAREST, STOCHASTIC or ERROR_FEEDBACK, which needs `residual`. A 16-bit
+            weight is rounded to nearest with NEAREST, and stochastically otherwise.
+        key: key of the stochastic rounding.
     """
 
     weight: torch.Tensor
@@ -98,8 +98,8 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
     """Encode a floating point tensor stochastically.
 
     Returns:
-        Codes in its shape, scales and sums of squares `[B]`. Scales and sums of a block that is not finite, or whose
-        sum of squares overflows, are not finite.
+        Codes in the shape of `x`, scales `[B]` and sums of squares `[B]`. Where a block is not finite, or its sum of
+        squares overflows, its scale and sum are not finite.
     """
     check_tensor("x", x, FLOATING_POINT, *x.shape)
     scales, squares = (x.new_empty(blocks_of(x.numel()), dtype=torch.float32) for _ in range(2))
@@ -108,7 +108,11 @@ def encode_gradient(x: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tens
 
 @define("(Tensor(a!) codes, Tensor(b!) scales, Tensor x, int key) -> Tensor", inline=False)
 def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, key: int) -> torch.Tensor:
-    """Add a floating point tensor to an encoded one, in place and stochastically; sums of squares `[B]` of the sum."""
+    """Add a floating point tensor to an encoded one, in place and stochastically.
+
+    Returns:
+        Sums of squares `[B]` of the result.
+    """
     check_tensor("x", x, FLOATING_POINT, *x.shape)
     check_tensor("codes", codes, _INT8, *x.shape)
     check_tensor("scales", scales, _FP32, blocks_of(x.numel()))
@@ -117,7 +121,7 @@ def accumulate_gradient(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tens
 
 @define(f"({_WEIGHT}, ScalarType dtype) -> Tensor")
 def decode_weight(weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight `[N, K]`, formed in fp32 and rounded to `dtype` once. Not differentiable."""
+    """The dense weight `[N, K]`, computed in fp32 and rounded to `dtype` once. Not differentiable."""
     _check_weight(weight)
     return torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
 
@@ -148,7 +152,7 @@ def int8_linear_grad_x(dy: torch.Tensor, weight: EncodedWeight) -> torch.Tensor:
     inline=False,
 )
 def lion_step(step: LionStep) -> None:
-    """A step of Lion, in place. If `norm` is not finite, `skipped` is counted up and nothing else changes."""
+    """A step of Lion, in place. If `norm` is not finite, `skipped` is incremented and nothing else changes."""
     shape, blocks = step.weight.shape, blocks_of(step.weight.numel())
     check_tensor("weight", step.weight, FLOATING_POINT if step.weight_scales is None else _INT8, *shape)
     check_tensor("gradient", step.gradient, FLOATING_POINT if step.gradient_scales is None else _INT8, *shape)

@@ -1,7 +1,7 @@
-"""The int8 operators as Triton kernels, equal to `eager.py` to the bit: same order of operations, nothing fused.
+"""The int8 operators as Triton kernels, bit-identical to `eager.py`: same order of operations, nothing fused.
 
-A program of the gradient and optimizer kernels takes two blocks of 256 elements a warp, 16 elements a thread: what
-int8 loads and stores of 16 bytes make it.
+In the gradient and optimizer kernels a program takes two blocks of 256 elements per warp, 16 elements per thread, so
+that int8 loads and stores are 16 bytes wide.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _NEAREST = tl.constexpr(int8.NEAREST)
 _ERROR_FEEDBACK = tl.constexpr(int8.ERROR_FEEDBACK)
 _WARPS = 4
 _WARPS_OF_INT8_LION = 1
-# of a row of a weight; 8 elements a thread, so that loads of codes and stores of bf16 share a layout
+# elements of a row; 8 per thread, so that loads of codes and stores of bf16 share a layout
 _TILE = 256 * _WARPS
 _TILES = 4
 
 
 @triton.jit
 def _words(index, low, high):
-    """Random uint32 words of elements; see `rounding.random_words`."""
+    """One random uint32 word per element; see `rounding.random_words`."""
     x = index.to(tl.uint32) ^ low.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = x ^ high.to(tl.uint32, bitcast=True)
@@ -46,20 +46,20 @@ def _words(index, low, high):
 
 @triton.jit
 def _dither(words, HALF: tl.constexpr):
-    """fp32 in (-1/2, 1/2): 16 bits and a half as the mantissa of a number in (1, 2)."""
+    """fp32 in (-1/2, 1/2): the mantissa of a number in (1, 2) is set to 16 random bits and a half."""
     mantissa = words << 7 if HALF == 0 else words >> 9
     return ((mantissa & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.5
 
 
 @triton.jit
 def _to_float(codes):
-    """int8 to fp32, by adding to the lowest bits of 1.5 * 2**23: a conversion of bytes takes four times as long."""
+    """int8 to fp32, by adding to the lowest bits of 1.5 * 2**23: converting bytes takes four times as long."""
     return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
 def _round(x):
-    """fp32 to the nearest integer, ties to even, for int8: adding 1.5 * 2**23 leaves it in the lowest byte."""
+    """Round fp32 to the nearest integer, ties to even, for int8: adding 1.5 * 2**23 puts it in the lowest byte."""
     return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
@@ -100,7 +100,7 @@ def _gradient_kernel(
     x_ptr, codes_ptr, scales_ptr, squares_ptr, elements, low, high,
     ADD: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Encodes a dense gradient, or its sum with what is encoded; and the sum of squares of every block."""
+    """Encodes a dense gradient, or its sum with the encoded one, and computes the sum of squares of every block."""
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * _BLOCK)
     local = tl.arange(0, BLOCKS)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     inside = local < elements - first
@@ -128,10 +128,10 @@ def _lion_kernel(
     max_norm, lr, keep, beta1, rest1, beta2, rest2, low, high,
     ROUNDING: tl.constexpr, DROPPED: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Decodes, updates and encodes weight and momentum, or only counts where the norm is not finite.
+    """Decodes, updates and encodes weight and momentum; if the norm is not finite, only counts the skipped step.
 
-    Weights without scales are floating point; `DROPPED` bits of fp32 are then rounded off stochastically. Groups of a
-    weight are whole blocks if `ALIGNED`.
+    Weights without scales are floating point, and their lowest `DROPPED` bits of fp32 are rounded off stochastically.
+    If `ALIGNED`, a weight's groups are whole blocks.
     """
     norm = tl.load(norm_ptr)
     if norm < float("inf"):
@@ -197,7 +197,7 @@ def _decode_kernel(
     codes_ptr, scales_ptr, columns_ptr, values_ptr, out_ptr, width, groups, outliers,
     OUTLIERS: tl.constexpr, ONE_GROUP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Decodes a run of a row, and then, over it, the weights where outliers lie; `OUTLIERS` is a power of two."""
+    """Decodes a run of a row, then overwrites the weights that have outliers; `OUTLIERS` is a power of two."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * (TILE * TILES)
     codes_ptr += row * width
@@ -222,15 +222,15 @@ def _decode_kernel(
         if not ONE_GROUP:
             scale = tl.load(scales_ptr + column // (width // groups), mask=exists, other=0)
         weight = codes * scale + tl.load(values_ptr + row * outliers + number, mask=exists, other=0)
-        tl.debug_barrier()  # the run above is written
+        tl.debug_barrier()  # wait until the run above is written
         tl.store(out_ptr + column, weight.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 def _tiles(elements: int, warps: int = _WARPS) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the kernels' arguments for how elements are spread over it."""
+    """The grid, and the kernels' arguments for splitting elements over it."""
     blocks = 2 * warps
     tile = blocks * int8.BLOCK
-    # rounding that agrees with other devices needs every product rounded by itself
+    # to agree with other devices, every product must be rounded separately
     options = {"EVEN": elements % tile == 0, "BLOCKS": blocks, "num_warps": warps, "enable_fp_fusion": False}
     return (triton.cdiv(elements, tile),), options
 

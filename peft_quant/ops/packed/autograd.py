@@ -20,7 +20,7 @@ _LORA_A, _LORA_B = 1, 2
 def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`y = x @ W`: `[..., K]` -> `[..., N]` in the dtype of `x`; differentiable in `x` and `weight.scales`.
 
-    The gradient of the scales has their dtype: pass them in fp32 where they train.
+    The gradient of the scales has their dtype: pass fp32 scales to train them.
     """
     return _linear_in_graph(x, *weight)
 
@@ -30,16 +30,16 @@ def lora_linear(
 ) -> torch.Tensor:
     """`y = x @ W + scaling * (x @ A^T) @ B^T` (LoRA, Hu et al., 2021, arXiv 2106.09685) with `W` packed.
 
-    `lora_a` is `[R, K]`, `lora_b` `[N, R]`, both floating point, for a rank of `R`; products are formed in the dtype
+    `lora_a` is `[R, K]` and `lora_b` `[N, R]`, both floating point, for rank `R`; products are computed in the dtype
     of `x`. Differentiable in `x`, `lora_a` and `lora_b`.
     """
     return _lora_linear_in_graph(x, lora_a, lora_b, scaling, *weight)
 
 
-# Dynamo would trace into the autograd Functions, and before PyTorch 2.13 lose there what checkpointing recomputes
+# Dynamo would trace into the autograd Functions, and before PyTorch 2.13 checkpointing would not recompute them
 @torch.compiler.allow_in_graph
 def _linear_in_graph(x: torch.Tensor, *packed: Any) -> torch.Tensor:
-    # generating a token on a CPU, the autograd Function takes a tenth of the time
+    # the autograd Function takes a tenth of the time of generating a token on a CPU
     return (PackedLinearFunction.apply if torch.is_grad_enabled() else torch.ops.peft_quant.linear)(x, *packed)
 
 
@@ -51,8 +51,8 @@ def _lora_linear_in_graph(*arguments: Any) -> torch.Tensor:
 class PackedLinearFunction(torch.autograd.Function):
     """`y = x @ W`, differentiable in `x` and `scales`.
 
-    Saves `x` only if a scale gradient is wanted. With one group (`group_size=-1` in GPTQ's terms) it saves its output
-    instead of `x`, because `dscales[n] = sum_m dy[m, n] * y[m, n] / scales[n]` then needs no product.
+    Saves `x` only if the scales need a gradient. With one group (`group_size=-1` in GPTQ's terms) it saves its output
+    instead of `x`, because `dscales[n] = sum_m dy[m, n] * y[m, n] / scales[n]` then needs no matrix product.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class PackedLoraLinearFunction(torch.autograd.Function):
             hidden if ctx.needs_input_grad[_LORA_B] else None,
             a, b, qweight, qzeros, scales, g_idx,
         )  # fmt: skip
-        # a view that is the output of a Function may not be written to, as some models do
+        # an output that is a view must not be modified in place, which some models do
         return torch.ops.aten._unsafe_view(y, (*ctx.leading, y.shape[-1]))
 
     @staticmethod
@@ -130,7 +130,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """`y + scaling * a @ b`; overwrites `y`."""
-    # called directly, an operator would cost more than its work
+    # in eager mode the overhead of an operator exceeds the work
     add_product = operators.add_product_ if isinstance(y, FunctionalTensor) else eager.add_product_
     add_product(y, a, b, scaling)
     return y

@@ -1,9 +1,8 @@
-"""Decoding in plain PyTorch, a block of rows at a time, so that what is in flight stays in the CPU's cache.
+"""Decoding in plain PyTorch, a block of rows at a time, so that intermediates stay in the CPU's cache.
 
-A *unit* is the run of codes that lies in 16 bits (12 at 3 bits). Among the bits of the float `2^(23 - i b)`, the code
-at bit `i * b` of a unit makes the fp32 number `2^(23 - i b) + q`. So one pass of `&` over units, all exponent bits
-set, makes floats of all codes, and a second one subtracts `2^(23 - i b) + z`, which is exact, and multiplies by the
-scale.
+A *unit* is the run of codes in 16 bits (12 at 3 bits). ORed into the bits of the float `2^(23 - i b)`, the code at bit
+`i * b` of a unit gives the fp32 number `2^(23 - i b) + q`. So one `&` over units with all exponent bits set turns
+every code into a float, and a second pass subtracts `2^(23 - i b) + z`, which is exact, and multiplies by the scale.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _MASKS = {
 class Block:
     """Rows `[start, stop)` of the weight.
 
-    `groups` is a slice of `[G, N]` whose rows each cover an equal run of the block's rows, or an int64 index
+    `groups` is either a slice of the `G` groups, which divide the block's rows equally, or an int64 index
     `[stop - start]` with the group of each row.
     """
 
@@ -60,7 +59,7 @@ def blocks(weight: PackedWeight, target: int) -> Iterator[Block]:
     while start < rows:
         group = start // group_size
         stop = start + whole_groups if whole_groups else min(start + target, (group + 1) * group_size)
-        if stop > rows:  # the last block: the ragged group at its end is a block of its own
+        if stop > rows:  # an incomplete last group becomes its own block
             full = (rows - start) // group_size * group_size
             stop = start + full if full else rows
         yield Block(start, stop, slice(group, group + max(1, (stop - start) // group_size)))
@@ -79,7 +78,7 @@ class Decoder:
         self._factors = weight.scales.float() * 0.5  # for the 2 in `mse_loss_backward`
 
     def decode(self, block: Block, out: torch.Tensor) -> torch.Tensor:
-        """Write a block to `out`, fp32 `[rows of the block, N]` and contiguous; returns `out`."""
+        """Decode a block into `out`, contiguous fp32 `[rows of the block, N]`; returns `out`."""
         units = self._units(self._qweight[block.start * self._bits // 32 : block.stop * self._bits // 32])
         codes = len(self._mask)
         torch.bitwise_and(units, self._mask, out=out.view(torch.int32).view(-1, codes, self._columns))

@@ -1,7 +1,7 @@
-"""The packed products in plain PyTorch: the path of every device without a kernel of its own.
+"""The packed products in plain PyTorch, for devices without a kernel.
 
-On the CPU the products decode a block of rows at a time into the same memory, and so does the scale gradient on every
-device: no dense weight and no dense gradient of it ever exists.
+On the CPU the products decode a block of rows at a time into one reused buffer, and so does the scale gradient on
+every device: the whole dense weight, or its dense gradient, never exists.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _buffer(weight: PackedWeight, target: int) -> torch.Tensor:
-    """Room for any of the blocks of about `target` rows."""
+    """An fp32 buffer that fits every block of about `target` rows."""
     return torch.empty(max(target, ROW_ALIGNMENT), weight.columns, device=weight.qweight.device)
 
 
 def _decoded(weight: PackedWeight, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Runs of rows long enough for a product, with their fp32 values, which the next run overwrites.
+    """Yield runs of rows long enough for a product, with their fp32 values, which the next run overwrites.
 
-    A run takes no more memory than twice what so many tokens take, or 512 rows and a block.
+    A run takes at most the memory of twice as many rows as there are tokens, or of 512 rows, plus one block.
     """
     decoder = Decoder(weight)
     run = max(_PRODUCT_BLOCK_ROWS, 2 * tokens)

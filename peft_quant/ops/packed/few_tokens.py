@@ -1,14 +1,13 @@
-"""The packed product of few tokens on the CPU, from a table kept beside the packed codes, by kernels of PyTorch.
+"""The packed product of few tokens on the CPU, by PyTorch's kernels, from a table kept beside the packed codes.
 
-By its embedding bag over 8-bit rows, the rows of a group are a bag, weighted by the token: `bags[g, n] = sum over k in
-group g of x[k] * (q - z)[k, n]`, and `y[n] = sum over g of scales[g, n] * bags[g, n]`, all in fp32. The table takes a
-byte a weight. Symmetric 4-bit weights have a kernel of their own for tokens in bfloat16, which rounds scales and
-weights to bfloat16 and adds in fp32; its table takes half a byte a weight. Scales are no part of either table, so they
-may train.
+PyTorch's embedding bag over 8-bit rows takes the rows of a group as a bag, weighted by the token: `bags[g, n] = sum
+over k in group g of x[k] * (q - z)[k, n]`, and `y[n] = sum over g of scales[g, n] * bags[g, n]`, all in fp32. The
+table takes one byte per weight. For symmetric 4-bit weights and tokens in bfloat16 there is a dedicated kernel, which
+rounds scales and weights to bfloat16 and accumulates in fp32; its table takes half a byte per weight. Neither table
+contains the scales, so they can be trained.
 
-A table is made at the first product of few tokens with a `qweight` and lives as long as that tensor. It is made again
-when the packed tensors get other data or are written to, except through `.data` or NumPy, which PyTorch does not count
-as writing.
+A table is built at the first product of few tokens with a `qweight` and lives as long as that tensor. It is rebuilt
+when the packed tensors are replaced or written to, except through `.data` or NumPy, which PyTorch does not track.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from .packing import unpack_rows, unpack_zeros
 _MAX_TOKENS = 8
 _HAS_KERNEL = "fbgemm" in torch.backends.quantized.supported_engines
 
-# what `_weight_int4pack_mm_for_cpu` takes
+# supported by `_weight_int4pack_mm_for_cpu`
 _INT4_GROUP_SIZES = (32, 64, 128, 256)
 _INT4_COLUMNS = 16
 _INT4_ZERO_POINT = 8
-# rows of a bag where all share one group: bags are what the kernel's threads divide
+# rows per bag if all rows share one group: the kernel's threads divide the bags among them
 _BAG_ROWS = 128
 
 
 class _State:
-    """What a tensor holds, as far as it can be told without reading it."""
+    """Identity and version of a tensor's data, to detect changes without reading it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        # while it is referred to, no other storage gets its address
+        # as long as it is referenced, no other storage gets its address
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._layout = _layout(tensor)
 
@@ -52,12 +51,12 @@ def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of tokens `[M, K]` and scales `[G, N]`, with a table of the weight."""
+"""Function of tokens `[M, K]` and scales `[G, N]` that multiplies with the weight's table."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """`product` is None where no table can hold the weight."""
+    """`product` is None if no table can hold the weight."""
 
     made_from: list[_State]
     arguments: tuple[object, ...]
@@ -68,10 +67,10 @@ _tables = WeakIdKeyDictionary()
 
 
 def linear(tokens: torch.Tensor, weight: PackedWeight) -> torch.Tensor | None:
-    """`tokens @ W`: `[M, K]` -> `[M, N]`, in fp32 but by the kernel for bfloat16.
+    """`tokens @ W`: `[M, K]` -> `[M, N]`, in fp32 unless the bfloat16 kernel computes it.
 
-    None for more than 8 tokens or none, and where a table cannot hold the weight or be kept up to date: codes of 8
-    bits whose zero points differ, tensors made in inference mode, no kernel for this CPU.
+    Returns None for no tokens or more than 8, and if a table cannot hold the weight or be kept up to date: 8-bit codes
+    whose zero points differ, tensors made in inference mode, no kernel for this CPU.
     """
     packed = [tensor for tensor in (weight.qweight, weight.qzeros, weight.g_idx) if tensor is not None]
     if not 0 < len(tokens) <= _MAX_TOKENS or not _HAS_KERNEL or any(tensor.is_inference() for tensor in packed):

@@ -19,10 +19,10 @@ class PackedWeight(NamedTuple):
     Attributes:
         qweight: packed codes, int32 `[K * b / 32, N]`.
         qzeros: packed zero points, int32 `[G, N * b / 32]`.
-        scales: floating point `[G, N]`; the product is formed with their fp32 value.
+        scales: floating point `[G, N]`; products use their fp32 values.
         g_idx: group of every row, int32 `[K]` (act-order); None when row `k` is in group `k // group_size`.
-        bits: bits of a code: 2, 3, 4 or 8.
-        group_size: rows of a group.
+        bits: bits per code: 2, 3, 4 or 8.
+        group_size: rows per group.
         zero_offset: 0 for `gptq_v2` zero points, 1 for `gptq` (v1) ones, which are stored minus one.
     """
 
@@ -85,7 +85,7 @@ def linear_grad_x(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def linear_grad_scales(
     x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
-    """`ds[g, n] = sum over k in group g of (x^T dy)[k, n] * (q - z)[k, n]`: fp32 `[G, N]`; takes no scales."""
+    """`ds[g, n] = sum over k in group g of (x^T dy)[k, n] * (q - z)[k, n]`: fp32 `[G, N]`; needs no scales."""
     groups, columns = qzeros.shape[0], qweight.shape[1]
     weight = PackedWeight(qweight, qzeros, x.new_empty(groups, columns), *layout)
     _check_weight(weight)
@@ -96,7 +96,7 @@ def linear_grad_scales(
 
 @define("(Tensor(a!) y, Tensor a, Tensor b, float scaling) -> ()")
 def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    """`y += scaling * a @ b` of `[M, R]` and `[R, N]`: the product of a LoRA adapter."""
+    """`y += scaling * a @ b` for `a` `[M, R]` and `b` `[R, N]`: the product of a LoRA adapter."""
     check_tensor("y", y, FLOATING_POINT, a.shape[0], b.shape[1])
     check_tensor("a", a, FLOATING_POINT, y.shape[0], b.shape[0])
     check_tensor("b", b, FLOATING_POINT, a.shape[1], y.shape[1])

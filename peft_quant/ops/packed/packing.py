@@ -80,7 +80,7 @@ def unpack_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Ten
     """Decode packed zero points: int32 `[G, N * bits / 32]` -> uint8 `[G, N]`.
 
     Args:
-        zero_offset: what the format subtracted from the zero points: 1 for `gptq` (v1), 0 for `gptq_v2`.
+        zero_offset: amount the format subtracted from the zero points: 1 for `gptq` (v1), 0 for `gptq_v2`.
     """
     if bits == 3:
         zeros = unpack_rows(qzeros.t().contiguous(), bits).t().contiguous()

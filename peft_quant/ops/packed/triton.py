@@ -1,7 +1,7 @@
 """The packed operators as Triton kernels.
 
 A *unit* is a run of codes that fits into 32 bits: 16, 8, 8 and 4 codes at 2, 3, 4 and 8 bits. Units are whole words,
-but for 3 bits, where four units of 24 bits lie in three words.
+except at 3 bits, where three words hold four units of 24 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .operators import PackedWeight
 
 
 _UNIT_CODES = {2: 16, 3: 8, 4: 8, 8: 4}
-# rows and columns of a tile, by how fast they were on an H100
+# rows and columns of a tile; the fastest on an H100
 _DECODE_TILE = (64, 128)
 _ACT_ORDER_TILE = (16, 128)
 _FEW_TOKENS_TILE = (64, 64)
@@ -28,7 +28,7 @@ _TILE_ROWS = 128
 _TILE_COLUMNS = 64
 _PRODUCT_ROWS = 4096
 
-# where `_few_tokens_kernel` beats decoding and cuBLAS on an H100
+# up to so many tokens `_few_tokens_kernel` beats decoding and cuBLAS on an H100
 _FEW_TOKENS = 32
 _FEW_TOKENS_BITS = (2, 4)
 _FEW_TOKENS_WEIGHTS = 2**25
@@ -48,7 +48,7 @@ def _units(q_ptr, unit, column, columns, mask, BITS: tl.constexpr):
         pointers = q_ptr + word[:, None].to(tl.int64) * columns + column[None, :]
         low = tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
         high = tl.load(pointers + columns, mask=mask & straddles[:, None], other=0).to(tl.uint32, bitcast=True)
-        # a shift by 32 is undefined, hence in two steps
+        # in two steps, because a shift by 32 is undefined
         return (low >> shift[:, None].to(tl.uint32)) | ((high << 1) << (31 - shift[:, None]).to(tl.uint32))
     else:
         pointers = q_ptr + unit[:, None].to(tl.int64) * columns + column[None, :]
@@ -57,7 +57,7 @@ def _units(q_ptr, unit, column, columns, mask, BITS: tl.constexpr):
 
 @triton.jit
 def _codes(q_ptr, unit, column, columns, mask, BITS: tl.constexpr, UNIT: tl.constexpr):
-    """Codes of some units, int32 `[units, UNIT, columns]`."""
+    """The codes in the given units, int32 `[units, UNIT, columns]`."""
     units = _units(q_ptr, unit, column, columns, mask, BITS)
     shifts = (tl.arange(0, UNIT) * BITS).to(tl.uint32)
     return ((units[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
@@ -99,7 +99,7 @@ def _zero_points_of_rows(
     z_ptr, group, inside, first_column, columns,
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Zero points of rows of the given groups, int32 `[units, UNIT, COLUMNS]`, a unit of them by one load or two."""
+    """Zero points of rows, given their groups: int32 `[units, UNIT, COLUMNS]`, one or two loads per unit."""
     words = columns * BITS // 32
     unit = first_column // UNIT + tl.arange(0, COLUMNS // UNIT)
     word = unit
@@ -133,10 +133,10 @@ def _weight(
     q_ptr, z_ptr, s_ptr, g_ptr, unit, first_column, rows, columns, group_size,
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, GROUPING: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weight of some units, fp32 `[units, UNIT, COLUMNS]`.
+    """The weights in the given units, fp32 `[units, UNIT, COLUMNS]`.
 
-    Pointers that a kernel stores to must not be computed from what this returns: the compiler, which cannot look into
-    it, would then take all tensors passed to it for written to, and copy them.
+    A kernel must not compute pointers that it stores to from this result: the compiler, which cannot look into this
+    function, would assume that it writes to all tensors passed to it, and copy them.
     """
     column = first_column + tl.arange(0, COLUMNS)
     inside = (unit * UNIT < rows)[:, None] & (column < columns)[None, :]
@@ -244,9 +244,9 @@ def _sum_over_rows_kernel(
     BITS: tl.constexpr, UNIT: tl.constexpr, V1: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`sum over rows of dW * (q - z)` for each group of a tile; `dw_ptr` begins at the row of `first_tile`.
+    """`sum over rows of dW * (q - z)` for each group of a tile; `dw_ptr` starts at the first row of `first_tile`.
 
-    The rows of `dW` are in order of their groups; if `ORDERED`, `order_ptr` says which row of the weight each one is.
+    The rows of `dW` are sorted by group; if `ORDERED`, `order_ptr` maps each one to its row of the weight.
     """
     tile = first_tile + tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -270,7 +270,7 @@ def _sum_over_rows_kernel(
 
 
 def _layout(weight: PackedWeight) -> dict[str, Any]:
-    """The kernels' arguments for how codes and groups are laid out."""
+    """The kernels' arguments that describe the layout of codes and groups."""
     unit, group_size = _UNIT_CODES[weight.bits], weight.group_size
     grouping = _GROUP_INDEX
     if weight.g_idx is None:
@@ -305,7 +305,7 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 
 def _linear_for_few_tokens(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """The weight is decoded in registers. Rows are split among programs, whose sums are then added up."""
+    """`x @ W`, decoding the weight in registers. Rows are split among programs, whose sums are added at the end."""
     qweight, qzeros, scales, g_idx, bits, group_size, _ = weight
     rows, columns = x.shape[-1], weight.columns
     tokens = x.numel() // rows
@@ -326,7 +326,7 @@ def _linear_for_few_tokens(x: torch.Tensor, weight: PackedWeight) -> torch.Tenso
 
 @operators.add_product_.triton
 def add_product_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    """In compiled code `addmm` would copy `y` first."""
+    """A kernel because in compiled code `addmm` would copy `y` first."""
     rows, columns = y.shape
     tile_rows, tile_columns = _ADD_PRODUCT_TILE
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
@@ -345,9 +345,9 @@ def linear_grad_x(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 
 def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
-    """Rows of a tile and groups in it: whole groups, or a power of two of rows that divides a group.
+    """Rows and groups of a tile: whole groups, or a power of two of rows that divides a group.
 
-    None for group sizes that neither fits.
+    Returns None for group sizes that allow neither.
     """
     if group_size >= rows:
         return _TILE_ROWS, 1
@@ -363,10 +363,10 @@ def _tile(rows: int, group_size: int, bits: int) -> tuple[int, int] | None:
 def linear_grad_scales(
     x: torch.Tensor, dy: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, *layout: Any
 ) -> torch.Tensor:
-    """`dW` is formed by cuBLAS, in the dtype of `x` and a tile of rows at a time, and summed at once by a kernel.
+    """Compute `dW` with cuBLAS in the dtype of `x`, a tile of rows at a time, and sum each tile with a kernel.
 
-    In act-order its rows are formed in the order of their groups. On an H100 one kernel that kept `dW` in registers
-    was slower.
+    With act-order, rows are computed in the order of their groups. On an H100 a single kernel that kept `dW` in
+    registers was slower.
     """
     g_idx, bits, group_size, zero_offset = layout
     rows, columns = x.shape[-1], dy.shape[-1]

@@ -3,7 +3,7 @@
 from ...registry import add_peft_type
 
 
-_PEFT_TYPE = add_peft_type("LREC")  # before the configuration, which names the type
+_PEFT_TYPE = add_peft_type("LREC")  # before importing the configuration, which uses the type
 
 from ...registry import allow_hotswap, register  # noqa: E402
 from .config import LRECConfig  # noqa: E402

@@ -13,7 +13,7 @@ from ...compat import __version__
 from ...docstrings import help_from_docstring
 
 
-# LoRA's options that LREC has too, beside those of every PEFT method
+# LoRA's options that LREC supports, besides those of every PEFT method
 _LORA_OPTIONS = {
     "r",
     "lora_alpha",
@@ -32,7 +32,7 @@ _LORA_OPTIONS = {
     "ensure_weight_tying",
 }
 
-_BIASES = ("none", "all", "lora_only", "lrec_only")  # PEFT accepts the last one too, by the method's name
+_BIASES = ("none", "all", "lora_only", "lrec_only")  # the last one is PEFT's alias, after the method's name
 
 FLOAT_INITIALIZATIONS = ("svd", "whitened")
 """Initializations that need the float model."""
@@ -51,49 +51,49 @@ class LRECConfig(LoraConfig):
             The adapter's output is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout (`float`): Probability of dropping an element of the adapter's input in training.
         bias (`"none"`, `"all"` or `"lora_only"`):
-            Biases to train and save with the adapter, as in LoRA: those of the adapted layers, or with `"all"` also
-            those of float modules. Other GPTQ layers keep theirs. Needs PEFT 0.21.
+            Biases to train and save with the adapter, as in LoRA: those of the adapted layers, and with `"all"` also
+            those of float modules. Biases of other GPTQ layers stay unchanged. Needs PEFT 0.21.
         use_rslora (`bool`): See `lora_alpha`.
-        rank_pattern (`dict`): Ranks of single layers, by name, ending or regular expression.
-        alpha_pattern (`dict`): `lora_alpha` of single layers, likewise.
+        rank_pattern (`dict`): Ranks of individual layers, by name, name ending or regular expression.
+        alpha_pattern (`dict`): `lora_alpha` of individual layers, specified in the same way.
         target_modules (`list[str]` or `str`, *optional*):
             GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
-            `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
+            `"all-linear"`, every GPTQ layer except the output embedding, for every architecture.
         exclude_modules (`list[str]` or `str`, *optional*):
-            The layers to leave out, written as for `target_modules`.
+            Layers to leave out, specified like `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*):
             Indices of the transformer blocks to adapt. Not with a regular expression in `target_modules`.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the list of transformer blocks, if it is not a common one. Needs `layers_to_transform`.
         modules_to_save (`list[str]`, *optional*):
-            Further modules to train whole and save with the adapter, for instance a classification head.
+            Further modules to train in full and save with the adapter, for instance a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Tokens whose embeddings to train, as in LoRA.
-        ensure_weight_tying (`bool`): Keep embeddings tied that are in `modules_to_save` or partly trained.
+            Tokens whose embeddings are trained, as in LoRA.
+        ensure_weight_tying (`bool`): Keep tied embeddings tied if they are in `modules_to_save` or partly trained.
         init_lora_weights (`bool` or `"gaussian"`):
-            Initialization of A: `True` as in `nn.Linear`, `"gaussian"` with standard deviation `1 / r`. `False` draws
-            B at random as well, so that the adapter is not zero, for tests only.
+            Initialization of A: `True` as in `nn.Linear`, `"gaussian"` with standard deviation `1 / r`. `False` also
+            draws B at random, so that the adapter is not zero; for tests only.
         init_lrec_weights (`str`):
-            Initialization of the adapter. `"zero"` leaves the model as it is. `"svd"` and `"whitened"` are written by
-            [`initialize_lrec_weights`], which needs the float weights, and name the initialization of a saved adapter.
+            Initialization of the adapter. `"zero"` leaves the model unchanged. `"svd"` and `"whitened"` are set by
+            [`initialize_lrec_weights`], which needs the float weights, and record how the adapter was initialized.
         save_as_lora (`bool`):
-            Save the adapter as a LoRA adapter, as [`export_lora`] writes them: PEFT loads it without peft_quant, and
-            does not check that its base is the one it was trained on.
+            Save the adapter as a LoRA adapter, in the format of [`export_lora`]: PEFT loads it without peft_quant, and
+            does not check that the base is the one it was trained on.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
             Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
             on another base.
         base_fingerprint (`str`, *optional*):
-            Filled in by the library: the fingerprint of every GPTQ layer of the base model, adapted or not. Adapters
-            that replace each other by hot-swapping must agree in it.
+            Filled in by the library: the fingerprint of every GPTQ layer of the base model, adapted or not. It must be
+            the same for adapters that are hot-swapped.
         peft_quant_version (`str`, *optional*):
-            Filled in by the library: the version of peft_quant that made the adapter. In the saved file it tells which
-            package to import before PEFT can load the adapter.
+            Filled in by the library: the version of peft_quant that created the adapter. In the saved file it tells
+            which package to import before PEFT can load the adapter.
 
     LoRA's other options are refused when the adapter is added to a model.
 
     Raises:
-        ValueError: for values that contradict each other or are not among those named above.
+        ValueError: values contradict each other or are not among those named above.
     """
 
     target_modules: list[str] | set[str] | str | None = None
@@ -125,16 +125,16 @@ class LRECConfig(LoraConfig):
         return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As of any PEFT configuration; with `save_as_lora`, save the equivalent LoRA configuration."""
+        """Save the configuration; with `save_as_lora`, the equivalent LoRA configuration."""
         if self.save_as_lora:
             self.to_lora().save_pretrained(save_directory, **kwargs)
         else:
             super().save_pretrained(save_directory, **kwargs)
 
     def refuse_other_lora_options(self) -> None:
-        """Raise a `ValueError` that names an option of LoRA, or a value of one, that LREC does not have.
+        """Raise a `ValueError` that names a LoRA option, or a value of one, that LREC does not support.
 
-        Called when the adapter is added to a model: the configuration alone accepts all that a `LoraConfig` does.
+        Called when the adapter is added to a model: the configuration itself accepts everything a `LoraConfig` does.
         """
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(

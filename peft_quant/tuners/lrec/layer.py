@@ -1,4 +1,4 @@
-"""LREC on one GPTQ layer."""
+"""LREC layers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class LRECLinear(AdaptedLinear, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def free_bias(self) -> None:
-        """Make the base layer's bias, a buffer in GPTQ layers, an fp32 parameter, which can be trained."""
+        """Turn the base layer's bias, a buffer in GPTQ layers, into a trainable fp32 parameter."""
         base_layer = self.get_base_layer()
         bias = getattr(base_layer, "bias", None)
         if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == torch.float32):
@@ -120,7 +120,7 @@ class LRECLinear(AdaptedLinear, LoraLayer):
         return y
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What an adapter adds to the weight: fp32 `[out_features, in_features]`."""
+        """The matrix that an adapter adds to the weight, fp32 `[out_features, in_features]`."""
         return self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

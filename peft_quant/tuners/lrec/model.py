@@ -1,4 +1,4 @@
-"""LREC on a model."""
+"""LREC models."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .layer import CANNOT_MERGE, LRECLinear
 class LRECModel(PackedTuner, LoraModel):
     """Trains a low-rank adapter beside the packed weights of a GPTQ model.
 
-    This is the scheme of INT2.1 (Chai et al., 2023, arXiv 2306.08162). The base stays as it is; no dense weight is
-    kept for backward.
+    This is the scheme of INT2.1 (Chai et al., 2023, arXiv 2306.08162). The base stays unchanged, and no dense weight
+    is kept for backward.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
             `GPTQConfig(bits=..., backend="gptq_torch")`.
-        config ([`LRECConfig`]): what to train.
+        config ([`LRECConfig`]): configuration of the adapter.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
-    Adapters are fp32, or with `autocast_adapter_dtype=False` of the model's dtype, and compute in the dtype of the
-    layer's input (autocast's dtype where it is on). Their files have LoRA's keys; [`export_lora`] makes LoRA adapters
-    of them.
+    Adapters are fp32, or with `autocast_adapter_dtype=False` in the model's dtype, and compute in the dtype of the
+    layer's input (autocast's dtype if it is enabled). Their files have LoRA's keys; [`export_lora`] converts them to
+    LoRA adapters.
 
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.
@@ -80,7 +80,7 @@ class LRECModel(PackedTuner, LoraModel):
         try:
             formats = {name: gptq.read_format(layer, name) for name, layer in others.items()}
         except (gptq.RepackedLayerError, ValueError):
-            config.base_fingerprint = None  # a layer without an adapter cannot be read
+            config.base_fingerprint = None  # some layer without an adapter cannot be read
             return of_adapted
         layers = self._base_layers(formats, packed_layers)
         if of_adapted and layers is not None:
@@ -120,7 +120,7 @@ class LRECModel(PackedTuner, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As LoRA's, also for adapters with different target layers or scalings.
+        """Combine adapters as LoRA does, also if their target layers or scalings differ.
 
         A module that one of them has in `modules_to_save` is copied unchanged.
         """
@@ -134,7 +134,7 @@ class LRECModel(PackedTuner, LoraModel):
                     "adapters without."
                 )
         modules_to_save = self._modules_to_save(list(given))
-        # LoRA's gives the new adapter the first one's options, not all of which hold for the combination
+        # LoRA's method copies the first adapter's options, not all of which apply to the combination
         for name, config in given.items():
             self.peft_config[name] = replace(
                 config,

@@ -3,7 +3,7 @@
 from ...registry import add_peft_type
 
 
-add_peft_type("PEQA")  # before the configuration, which names the type
+add_peft_type("PEQA")  # before importing the configuration, which uses the type
 
 from ...registry import register  # noqa: E402
 from .config import PEQAConfig  # noqa: E402

@@ -23,31 +23,32 @@ class PEQAConfig(PeftConfig):
     Args:
         target_modules (`list[str]` or `str`, *optional*):
             GPTQ layers to adapt: names or name endings (list), or a regular expression (str). By default, and for
-            `"all-linear"`, every GPTQ layer but the output embedding, for every architecture.
-        exclude_modules (`list[str]` or `str`, *optional*): Layers to leave out, written as for `target_modules`.
+            `"all-linear"`, every GPTQ layer except the output embedding, for every architecture.
+        exclude_modules (`list[str]` or `str`, *optional*): Layers to leave out, specified like `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*):
             Indices of the transformer blocks to adapt; all by default. Not with a regular expression in
             `target_modules`.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the list of transformer blocks, if it is not a common one. Needs `layers_to_transform`.
         modules_to_save (`list[str]`, *optional*):
-            Further modules to train whole and save with the adapter, for instance a classification head.
+            Further modules to train in full and save with the adapter, for instance a classification head.
         serving_dtype (`str`, *optional*):
-            `"bfloat16"` if the merged model will be served in bf16: training then rounds scales to bf16 as well, and
-            begins with the base as bf16 serves it, so that serving changes nothing. By default training sees the
-            scales as the checkpoint stores them (fp16).
+            `"bfloat16"` if the merged model will be served in bf16: training then also rounds scales to bf16, starting
+            with those of the base, so that serving in bf16 changes nothing. By default training uses the scales as the
+            checkpoint stores them (fp16).
         init_weights (`bool`):
-            Initialize the deltas to zero, which leaves the model unchanged. `False` draws random ones, for tests only.
+            Initialize the deltas to zero, which leaves the model unchanged. `False` draws them at random; for tests
+            only.
         base_quantization (`dict`, *optional*):
             Filled in by the library: format and fingerprint of the base model, checked when the adapter is loaded.
             Fields that the library filled in, `target_modules` included, are recomputed when the same object is used
             on another base.
         peft_quant_version (`str`, *optional*):
-            Filled in by the library: the version of peft_quant that made the adapter. In the saved file it tells which
-            package to import before PEFT can load the adapter.
+            Filled in by the library: the version of peft_quant that created the adapter. In the saved file it tells
+            which package to import before PEFT can load the adapter.
 
     Raises:
-        ValueError: for values that contradict each other or are not among those named above.
+        ValueError: values contradict each other or are not among those named above.
     """
 
     target_modules: list[str] | set[str] | str | None = None

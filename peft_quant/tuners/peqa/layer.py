@@ -1,4 +1,4 @@
-"""PEQA on one GPTQ layer."""
+"""PEQA layers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PEQALayer(AdaptedLinear):
 
         W = round(scales + sum of active deltas) * (q - z)
 
-    where `round` gives a value that the checkpoint can store, of the same sign as the base's scale, so that merging
-    changes nothing. Its gradient is straight-through.
+    where `round` returns a value that the checkpoint can store, with the same sign as the base's scale, so that
+    merging changes nothing. Its gradient is straight-through.
     """
 
     adapter_layer_names = ("peqa_scales",)
@@ -70,7 +70,7 @@ class PEQALayer(AdaptedLinear):
         return [*super().kept_from_casts(), *deltas, *gradients]
 
     def tuned_scales(self, adapter_names: list[str]) -> torch.Tensor:
-        """Scales with the given adapters applied, fp32 with values the checkpoint can store; differentiable."""
+        """Scales with the given adapters applied: fp32, values that the checkpoint can store, differentiable."""
         delta = reduce(add, (self.peqa_scales[name].float() for name in adapter_names))
         base = self.base_scales.float()
         dtypes = self.packed.scale_dtype, self._serving_dtype(adapter_names)
@@ -89,11 +89,11 @@ class PEQALayer(AdaptedLinear):
         """Write the tuned scales into the base layer. Deltas of several adapters add up in fp32 and are rounded once.
 
         Args:
-            safe_merge: ignored: its check is always made.
+            safe_merge: ignored: values are always checked.
             adapter_names: the adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: an adapter holds NaN or infinite values. The layer is unchanged then.
+            ValueError: an adapter holds NaN or infinite values. The layer is then unchanged.
         """
         adapter_names = self.known_adapters(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
@@ -109,7 +109,7 @@ class PEQALayer(AdaptedLinear):
         self.merged_adapters = all_merged
 
     def check_finite(self, adapter_names: list[str], layer_name: str = "layer") -> None:
-        """Raise a `ValueError` naming the adapter if one of the given ones holds NaN or infinite values."""
+        """Raise a `ValueError` that names the adapter if one of them holds NaN or infinite values."""
         for name in self.known_adapters(adapter_names):
             check_finite(f"adapter {name!r} of {layer_name}", self.peqa_scales[name])
 
@@ -124,7 +124,7 @@ class PEQALayer(AdaptedLinear):
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: a change of scales changes the weight by a matrix of full rank."""
+        """False: changing the scales changes the weight by a matrix of full rank."""
         return False
 
 

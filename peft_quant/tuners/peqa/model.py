@@ -1,4 +1,4 @@
-"""PEQA on a model."""
+"""PEQA models."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .layer import PEQALayer, PEQALinear
 
 
 class PEQAModel(PackedTuner):
-    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers alone.
+    """Fine-tunes the quantization scales of a GPTQ model and leaves its integers unchanged.
 
-    This is PEQA (Kim et al., 2023, arXiv 2305.14152). Because only scales change, the merged model is a plain GPTQ
-    checkpoint again.
+    This is PEQA (Kim et al., 2023, arXiv 2305.14152). Because only scales change, the merged model is again a plain
+    GPTQ checkpoint.
 
     Args:
         model: the GPTQ model, usually a [`~transformers.PreTrainedModel`] loaded with
             `GPTQConfig(bits=..., backend="gptq_torch")`.
-        config ([`PEQAConfig`]): what to train.
+        config ([`PEQAConfig`]): configuration of the adapter.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled when weights are loaded.
 
-    Deltas are fp32, or with `autocast_adapter_dtype=False` of the model's dtype. Casting the model later leaves deltas
-    and the base's scales in their dtype, as merging writes both.
+    Deltas are fp32, or with `autocast_adapter_dtype=False` in the model's dtype. Casting the model later does not
+    change the dtype of deltas and base scales, because merging combines them.
 
     Raises:
         ValueError: the model has no GPTQ layers, a targeted layer is not one, or the adapter belongs to another base.
@@ -51,7 +51,7 @@ class PEQAModel(PackedTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _check_merge_allowed(self) -> None:
-        """Check all layers before the first is merged, so that a damaged adapter leaves none of them merged."""
+        """Check all layers before merging the first, so that a damaged adapter leaves none of them merged."""
         super()._check_merge_allowed()
         for name, layer in self._adapted_layers().items():
             layer.check_finite(layer.active_adapters, name)
@@ -60,7 +60,7 @@ class PEQAModel(PackedTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         quantization_config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         if merge and getattr(quantization_config, "backend", None) is not None:
-            quantization_config.backend = "auto"  # the merged model need not be served with the training kernel
+            quantization_config.backend = "auto"  # serving the merged model does not need the training kernel
         return model
 
     def add_weighted_adapter(
@@ -72,12 +72,12 @@ class PEQAModel(PackedTuner):
             adapters: names of the adapters to combine. A module that one of them has in `modules_to_save` is copied
                 unchanged.
             weights: one weight per adapter; negative ones subtract.
-            adapter_name: name of the new adapter. Nothing happens if there is one of that name.
+            adapter_name: name of the new adapter. Nothing happens if it exists already.
             combination_type: `"linear"`.
 
         Raises:
-            ValueError: an unknown adapter or combination, a wrong number of weights, or a module that more than one
-                of the adapters has in `modules_to_save`, which cannot be combined.
+            ValueError: an adapter or the combination is unknown, the number of weights is wrong, or a module is in the
+                `modules_to_save` of more than one adapter, which cannot be combined.
         """
         if adapter_name in self.peft_config:
             return

@@ -19,22 +19,22 @@ _HELD_OUT_EVERY = 4
 
 
 class Covariances(NamedTuple):
-    """Of one layer's input: `mean(x x^T)`, fp32 `[K, K]`."""
+    """Covariances of one layer's inputs: `mean(x x^T)`, fp32 `[K, K]`."""
 
     fit: torch.Tensor
-    """over three sequences of four"""
+    """over three of every four sequences"""
     held_out: torch.Tensor
-    """over the others"""
+    """over the remaining sequences, which are held out"""
 
 
 @dataclass
 class _BatchPart:
-    """The held-out sequences of a batch, or the others.
+    """The held-out sequences of a batch, or the remaining ones.
 
     Attributes:
         inputs: arguments of the model.
         held_out: whether these are the held-out sequences.
-        outputs: outputs of the last block that was run, by the list of blocks it belongs to.
+        outputs: outputs of the last block that was run, by the name of its list of blocks.
     """
 
     inputs: dict[str, Any]
@@ -47,10 +47,10 @@ class _StopForwardError(Exception):
 
 
 def split(calibration: Iterable[Mapping[str, Any] | torch.Tensor]) -> list[_BatchPart]:
-    """Split calibration batches into sequences to fit and, one of four, to hold out.
+    """Split calibration batches into sequences to fit and sequences to hold out, every fourth one.
 
     Args:
-        calibration: batches: keyword arguments of the model, or `input_ids`, int64 `[sequences, tokens]`.
+        calibration: batches, each a dict of the model's arguments or `input_ids`, int64 `[sequences, tokens]`.
 
     Raises:
         ValueError: a batch is neither, or there are fewer than two sequences.
@@ -88,23 +88,23 @@ def _is_batched(value: Any, size: int) -> bool:
 def covariances(
     model: nn.Module, layers: dict[str, LRECLinear], calibration: Iterable[Mapping[str, Any] | torch.Tensor]
 ) -> Iterator[tuple[list[str], dict[str, Covariances]]]:
-    """Covariances of the layers' inputs in the model without adapters, a block at a time.
+    """Covariances of the layers' inputs in the model without adapters, one block at a time.
 
-    For each block, the model's forward runs up to its end. The blocks before are skipped, and the last of them returns
-    its output for these sequences from the run before, so that all blocks together cost about one pass. Models whose
-    blocks need more than the output of the block before (tested on the first sequences) are run from the beginning for
+    For each block, the model's forward runs up to the end of that block. Earlier blocks are skipped, the last of them
+    returning its saved output for these sequences, so that all blocks together cost about one pass. Models whose
+    blocks need more than the previous block's output (tested on the first sequences) are run from the beginning for
     every block.
 
     Memory: the covariances of one block, shared by layers with the same input, and the hidden states of all
     calibration tokens between two blocks.
 
     Args:
-        model: the model that the layers are in.
-        layers: the layers by name.
+        model: the model that contains the layers.
+        layers: the layers, by name.
         calibration: see [`split`].
 
     Yields:
-        The names of a block's layers, and the covariances of those that any token reached. Layers outside of blocks
+        The names of a block's layers, and the covariances of those that received any token. Layers outside the blocks
         come last.
     """
     parts = split(calibration)
@@ -135,7 +135,7 @@ _Key = tuple[tuple[str, ...], bool]  # layers with the same input, and whether i
 
 
 class _Sums:
-    """Sums of `x x^T` over the inputs of layers, shared by layers that always get the same tensor."""
+    """Sums of `x x^T` over the layers' inputs, shared by layers that always receive the same tensor."""
 
     def __init__(self, layers: dict[str, LRECLinear]) -> None:
         self.layers = layers
@@ -154,7 +154,7 @@ class _Sums:
         return record
 
     def add(self, mask: torch.Tensor | None, held_out: bool) -> None:
-        """Add the recorded inputs, without padding."""
+        """Add the recorded inputs, leaving out padding."""
         for x, names in self.inputs:
             if mask is not None and mask.shape == x.shape[:-1]:
                 x = x[mask.to(x.device, torch.bool)]
@@ -196,10 +196,10 @@ class _Sums:
 def _run(
     model: nn.Module, part: _BatchPart, done: dict[str, int], block: Block | None, sums: _Sums | None = None
 ) -> Any:
-    """Run a model to the end of a block, or without one to the model's end, and return the block's output.
+    """Run a model to the end of a block and return the block's output; without a block, run the whole model.
 
     Args:
-        done: index of the last block to skip, by list.
+        done: index of the last block to skip, by list of blocks.
     """
     output = None
 
@@ -232,7 +232,7 @@ def _run(
 
 
 def _is_chain(model: nn.Module, blocks: list[Block], part: _BatchPart) -> bool:
-    """Whether each block, given only the output of the block before, returns the same on some sequences."""
+    """Whether each block, given only the previous block's output, returns the same output on some sequences."""
     sizes: dict[Block, float] = {}
     with ExitStack() as stack:
         for block in blocks:
@@ -260,13 +260,13 @@ def _size(output: Any) -> float:
 
 @contextmanager
 def _as_quantized(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without LREC's adapters."""
+    """Put the model in evaluation mode, with LREC's adapters disabled."""
     training = [module for module in model.modules() if module.training]
     adapted: list[Any] = [layer for layer in model.modules() if isinstance(layer, LRECLinear)]
     enabled = [layer for layer in adapted if not layer.disable_adapters]
     model.eval()
     for layer in enabled:
-        layer._disable_adapters = True  # `enable_adapters` would change `requires_grad`, too
+        layer._disable_adapters = True  # `enable_adapters` would also change `requires_grad`
     try:
         yield
     finally:
@@ -278,7 +278,7 @@ def _as_quantized(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _skipped(block: nn.Module, output: Any) -> Iterator[None]:
-    """Have a block return an output without running."""
+    """Make a block return the given output without running."""
     replaced = block.__dict__.get("forward")  # set by accelerate's hooks
     block.__dict__["forward"] = lambda *args, **kwargs: output
     try:

@@ -16,19 +16,19 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FloatWeights:
-    """The float weights of given layers. Those of a checkpoint are read on demand, one tensor at a time.
+    """Float weights of the given layers. Those of a checkpoint are read on demand, one tensor at a time.
 
     Args:
-        source: directory or Hub id of a float checkpoint in safetensors, sharded or not, or a float model.
+        source: directory or Hub id of a float safetensors checkpoint, sharded or not, or a float model.
         shapes: `(N, K)` of each layer, by its name in the GPTQ model.
-        base_model_prefix: prefix of names in a model with a head, absent in a checkpoint of the model without one.
+        base_model_prefix: prefix of names in a model with a head, absent in a checkpoint of the base model.
         revision: branch, tag or commit, if `source` is a Hub id.
         token: Hub token.
 
     Raises:
         FileNotFoundError: `source` is a directory without a safetensors checkpoint.
         InvalidCheckpointError: a shard is truncated.
-        ValueError: the source lacks layers or has them in another shape.
+        ValueError: the source lacks layers or has them in other shapes.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FloatWeights:
         self._shapes: dict[str, tuple[int, ...]]
         self._read: Callable[[str], torch.Tensor]
         if isinstance(source, nn.Module):
-            # also the second name of a tied weight
+            # with every name of a tied weight
             tensors = {**dict(source.named_parameters(remove_duplicate=False)), **dict(source.named_buffers())}
             self._source = type(source).__name__
             self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -96,18 +96,18 @@ class FloatWeights:
     def error(self, layer: str, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantization error of a layer.
 
-        Weights of transformers' `Conv1D` are stored transposed; a square weight is taken in the orientation that is
-        nearer to the decoded one.
+        Weights of transformers' `Conv1D` are stored transposed; a square weight is read in the orientation closer to
+        the decoded weight.
 
         Args:
             layer: name of the layer.
             decoded: the layer's decoded weight, fp32 `[N, K]`.
 
         Returns:
-            The float weight, and the float weight less the decoded one, fp32 `[N, K]`, on the device of `decoded`.
+            The float weight, and the float weight minus the decoded one, fp32 `[N, K]`, on the device of `decoded`.
 
         Raises:
-            ValueError: the float weight is offloaded, not in floating point, or not finite.
+            ValueError: the float weight is offloaded, not floating point, or not finite.
         """
         name = self._names[layer]
         weight = self._read(name)

@@ -1,4 +1,4 @@
-"""Initialization of a low-rank adapter as the best compensation of the quantization error."""
+"""Initialization of a low-rank adapter as the best compensation for the quantization error."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class LayerInitialization:
 
     Attributes:
         name: the layer's name in the model.
-        bits: bits of a weight.
+        bits: bits per weight.
         rank: rank of the adapter.
-        weight_error_before: Frobenius norm of the quantization error over that of the float weight.
+        weight_error_before: Frobenius norm of the quantization error, divided by that of the float weight.
         weight_error_after: the same with the adapter.
-        activation_error_before: root mean square of the output error on the held-out calibration tokens over that of
-            the float output; None without calibration tokens.
+        activation_error_before: root mean square of the output error on the held-out calibration tokens, divided by
+            that of the float output; None without calibration tokens.
         activation_error_after: the same with the adapter.
-        damping: damping of the covariance; infinite if it was not used, None without calibration tokens.
+        damping: damping of the covariance; infinite if the covariance was not used, None without calibration tokens.
     """
 
     name: str
@@ -51,10 +51,10 @@ class LayerInitialization:
 
 @dataclass(frozen=True)
 class InitializationReport:
-    """The errors of every layer before and after initialization. Printed as a table.
+    """The errors of every layer before and after initialization. Prints as a table.
 
     Attributes:
-        start: `"svd"` or `"whitened"`.
+        start: the initialization, `"svd"` or `"whitened"`.
         layers: one row per layer.
     """
 
@@ -100,7 +100,7 @@ def initialize_lrec_weights(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> InitializationReport:
-    """Initialize an LREC adapter as the best low-rank compensation of the quantization error.
+    """Initialize an LREC adapter as the best low-rank compensation for the quantization error.
 
     The error is `E = W_float - W_dequantized`.
 
@@ -109,27 +109,27 @@ def initialize_lrec_weights(
 
     `"whitened"` minimizes the error of the layer's output on calibration data, which weights `E` by the covariance of
     the layer's inputs (LQER, Zhang et al., 2024, arXiv 2402.02446; QERA, arXiv 2410.06040; EoRA, arXiv 2410.21271).
-    Few tokens give a poor covariance, so it is damped, layer by layer, by the strength that minimizes the error on
+    Few tokens give a poor covariance, so it is damped, with the strength chosen per layer to minimize the error on
     held-out calibration tokens: every fourth sequence is held out, and plain `"svd"` is among the candidates. Inputs
-    are those in the quantized model without adapters. Theory: `peft_quant/tuners/lrec/initialization/low_rank.py`.
+    are taken from the quantized model without adapters. Theory: `peft_quant/tuners/lrec/initialization/low_rank.py`.
 
     The factors are balanced, `B^T B = A A^T`. The adapter is trained, saved and loaded like any other; its
     configuration records the initialization in `init_lrec_weights`, and loading needs no float weights. If an error is
     raised, the adapter is unchanged.
 
-    Cost per layer: one eigendecomposition in fp64 of `min(N, K)` dimensions; `"whitened"` takes seven, and one forward
-    pass over the calibration data in all. Memory, beside the model: the float weight and work space of one layer;
-    `"whitened"` also the covariances of one decoder block (two of fp32 `[K, K]` for each different input) and a hidden
+    Cost per layer: one fp64 eigendecomposition of `min(N, K)` dimensions; `"whitened"` takes seven, and one forward
+    pass over the calibration data in total. Memory besides the model: the float weight and workspace of one layer;
+    `"whitened"` also needs the covariances of one decoder block (two fp32 `[K, K]` per distinct input) and a hidden
     state for every calibration token.
 
     Args:
         model: a GPTQ model with an LREC adapter, from `get_peft_model`.
         float_model: the model that was quantized: directory or Hub id of its safetensors checkpoint, which is read one
             layer at a time, or the loaded model.
-        start: `"whitened"` or `"svd"`.
+        start: the initialization, `"whitened"` or `"svd"`.
         calibration: batches of text like the model's intended input: dicts of the model's arguments, or `input_ids`,
             int64 `[sequences, tokens]`. At least two sequences; a hundred or more of the model's full length are
-            usual. `"svd"` uses them for its report only.
+            typical. `"svd"` uses them only for its report.
         adapter_name: the adapter to initialize.
         revision: branch, tag or commit of `float_model`, if it is a Hub id.
         token: Hub token.
@@ -140,7 +140,7 @@ def initialize_lrec_weights(
     Raises:
         FileNotFoundError: `float_model` is a directory without a safetensors checkpoint.
         InvalidCheckpointError: one of its files is truncated.
-        ValueError: there is no such adapter or initialization, calibration data is missing or not batches, a rank
+        ValueError: there is no such adapter or initialization, calibration data is missing or not in batches, a rank
             exceeds a layer's size, or `float_model` lacks layers or is not the model that was quantized.
 
     Example:
@@ -180,7 +180,7 @@ def initialize_lrec_weights(
     with tqdm(total=len(layers), desc=f"LREC initialization ({start})", unit="layer") as progress:
         for names, inputs in by_block:
             for name in names:
-                # popped, so that no covariance is alive while the next block runs
+                # popped, to free the covariances before the next block runs
                 covariance = inputs.pop(name, None)
                 layer = layers[name]
                 factors[name], rows[name] = _initialize(name, layer, adapter_name, weights, start, covariance)
@@ -228,7 +228,7 @@ def _initialize(
     start: str,
     inputs: Covariances | None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], LayerInitialization]:
-    """B and A of one layer, and the errors before and after."""
+    """Compute B and A of one layer, and its errors before and after."""
     rank = layer.r[adapter_name]
     weight, error = weights.error(name, layer.get_base_weight())
     if inputs is None:

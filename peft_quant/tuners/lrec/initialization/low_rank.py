@@ -12,17 +12,17 @@ which are the leading eigenvectors of `E C E^T`. The truncation is `U U^T E S`, 
     B A = U U^T E
 
 is a minimum: no root or inverse of `C` is needed, and `C` may be singular. Without a covariance (`C = I`) it is the
-best approximation of `E` itself. With one it is the exact form of QERA (Zhang et al., 2024, arXiv 2410.06040) and of
-EoRA (Liu et al., 2024, arXiv 2410.21271) where `C` is regular. Where it is singular, as with fewer tokens than
+best approximation of `E` itself. If `C` is regular, it is the exact form of QERA (Zhang et al., 2024, arXiv
+2410.06040) and of EoRA (Liu et al., 2024, arXiv 2410.21271). If `C` is singular, as with fewer tokens than
 in-features, their solution by pseudoinverse is zero on inputs that calibration lacked; this one is the nearest to `E`
 there, among all minima with its column space.
 
-Few tokens make `C` noisy, too, and `U` then fits the noise. Damping adds a multiple of the identity:
+Few tokens also make `C` noisy, and `U` then fits the noise. Damping adds a multiple of the identity:
 
     C_d = C + d * tr(C) / K * I
 
-so that `d = 0` trusts the covariance and `d = inf` is the plain singular value decomposition. [`pick_damping`] chooses
-by the error on held-out tokens.
+`d = 0` trusts the covariance and `d = inf` is the plain singular value decomposition. [`pick_damping`] chooses `d` by
+the error on held-out tokens.
 
 Arithmetic is in fp64: eigenvectors of `E C E^T` square the condition number of `E S`.
 """
@@ -43,7 +43,7 @@ _ROUNDING = 1e-9
 def low_rank(
     error: torch.Tensor, rank: int, covariance: torch.Tensor | None = None, damping: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of the best approximation of `error` of a rank, balanced so that `B^T B = A A^T`.
+    """Factors of the best approximation of `error` of the given rank, balanced so that `B^T B = A A^T`.
 
     Args:
         error: floating point `[N, K]`.
@@ -66,9 +66,9 @@ def low_rank(
 
 
 def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: torch.Tensor) -> float:
-    """The one of [`DAMPINGS`] for which [`low_rank`] on `fit` minimizes the error on `held_out`.
+    """The damping in [`DAMPINGS`] for which [`low_rank`] on `fit` minimizes the error on `held_out`.
 
-    Never worse than the plain singular value decomposition by that measure, which is the first candidate.
+    By that measure it is never worse than the plain singular value decomposition, which is the first candidate.
 
     Args:
         error: floating point `[N, K]`.
@@ -82,7 +82,7 @@ def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: to
     grams = _grams(reduced, fit)
     for damping in DAMPINGS:
         left = _leading_vectors(*grams, rank, damping)
-        # the remaining error is tr(target) less this
+        # the remaining error is tr(target) minus this
         explained = float((left * (target @ left)).sum())
         if explained > most_explained * (1 + _ROUNDING):
             best, most_explained = damping, explained
@@ -90,15 +90,15 @@ def pick_damping(error: torch.Tensor, rank: int, fit: torch.Tensor, held_out: to
 
 
 def squared_error(error: torch.Tensor, covariance: torch.Tensor) -> float:
-    """`tr(E C E^T)`, the mean squared output error on inputs of covariance `C`."""
+    """`tr(E C E^T)`, the mean squared output error on inputs with covariance `C`."""
     error = error.float()
     return float(((error @ covariance.float()) * error).sum(dtype=torch.float64))
 
 
 def _reduce(error: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """An orthonormal basis of the columns of a tall `error`, and `error` in it.
+    """An orthonormal basis of the columns of a tall `error`, and `error` in that basis.
 
-    Eigenproblems then have at most `K` dimensions.
+    This limits eigenproblems to `K` dimensions.
     """
     error = error.double()
     if error.shape[0] <= error.shape[1]:
