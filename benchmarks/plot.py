@@ -119,7 +119,7 @@ def draw_quality(directory: Path) -> None:
                         verticalalignment="top",
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
                     )
-        axes.set(xlabel="MB of the model, its branch of rank 32 included", xlim=(75, 160), yscale="log")
+        axes.set(xlabel="MB of the model, with its adapter of rank 32", xlim=(75, 160), yscale="log")
         axes.set(ylim=(floor / 1.4, 1.4 * axes.get_ylim()[1]), title=f"{corpus}, held-out")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -140,7 +140,7 @@ def _sglang(packing: Packing) -> tuple[bool | None, str, str]:
 def _llama_cpp(packing: Packing) -> tuple[bool | None, str, str]:
     if packing.bits == 3:
         return False, "", "3 bits are not implemented"
-    decoded = "weights are decoded to floats, which `llama-quantize` rounds anew"
+    decoded = "weights are decoded to floats, which `llama-quantize` rounds again"
     if packing.symmetric is False and packing.checkpoint_format == "gptq":
         return True, "zero points as `gptq_v2`", f"as `gptq`, those that are 0 are misread; {decoded}"
     return True, "", decoded

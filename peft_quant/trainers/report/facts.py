@@ -153,7 +153,7 @@ def adapter_changes(model: Any) -> Changes | None:
     return Changes(
         "Change of the scales: root mean square of delta / scale"
         if config.peft_type == "PEQA"
-        else "Size of the branch: norm of its product / norm of the weight",
+        else "Size of the adapter: norm of its product / norm of the weight",
         {name: shares[name] for name, _ in inner.named_modules() if name in shares},
     )
 

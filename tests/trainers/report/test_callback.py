@@ -145,7 +145,7 @@ class TestContent:
         run.train()
         text = read(tmp_path)
         assert "Terms of the loss" in text
-        assert "Size of the branch" in text
+        assert "Size of the adapter" in text
         entropies = [entry["eval_ce"] for entry in run.state.log_history if "eval_ce" in entry]
         losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_ce" in entry]
         assert abs(losses[0] - entropies[0]) > 0.1  # the loss is no perplexity, the cross entropy is
