@@ -127,19 +127,16 @@ def test_only_export_knows_of_readmes():
 
 def test_importing_is_light():
     code = """
-import sys, time
+import sys
 import peft
 before = set(sys.modules)
-start = time.perf_counter()
 import peft_quant
-seconds = time.perf_counter() - start
 import torch
 heavy = {"triton", "gptqmodel", "optimum", "auto_gptq", "bitsandbytes", "datasets", "matplotlib"}
 loaded = heavy & (set(sys.modules) - before)
 assert not loaded, loaded
 assert "transformers.trainer" not in sys.modules
 assert not torch.cuda.is_initialized()
-assert seconds < 1, seconds
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
