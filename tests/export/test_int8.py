@@ -37,8 +37,13 @@ def logits(model, input_ids):
     return model.eval()(input_ids=input_ids).logits.float()
 
 
+def in_bf16(error):
+    """The largest error of logits, to two steps of bf16 at the largest: sums may be in another order."""
+    return pytest.approx(error.largest, abs=2**-7 * error.largest_logit)
+
+
 def error_of(loaded, model, input_ids):
-    """In memory of PyTorch, as the export measures it: in the mapping of a file, sums may be of another order."""
+    """In memory of PyTorch, as the export measures it, and not in the mapping of a file."""
     loaded = copy.deepcopy(loaded)
     return (logits(loaded, input_ids) - logits(model, input_ids)).abs().max().item()
 
@@ -59,7 +64,8 @@ class TestBF16:
             dense = parameter.dequantize() if isinstance(parameter, Int8Weight) else parameter
             assert torch.equal(loaded.get_parameter(name), dense)
         # not zero on a CPU, where int8 weights are decoded to fp32
-        assert error.largest == error_of(loaded, model, input_ids) < 0.05 * error.largest_logit
+        assert error_of(loaded, model, input_ids) == in_bf16(error)
+        assert error.largest < 0.05 * error.largest_logit
         assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
         assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -67,7 +73,8 @@ class TestBF16:
         model = int8_llama(dtype=torch.float32)
         error = export_qft(model, tmp_path / "out", inputs={"input_ids": input_ids, "labels": input_ids})
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        assert error.largest == pytest.approx(error_of(loaded, model, input_ids))
+        # in fp32, of which a difference of logits keeps fewer digits
+        assert error_of(loaded, model, input_ids) == pytest.approx(error.largest, abs=1e-5 * error.largest_logit)
         assert 0 < error.mean < error.largest
 
     def test_without_peft_quant(self, tmp_path):
@@ -175,9 +182,9 @@ class TestGPTQ:
         model = convert_to_int8(Qwen2MoeForCausalLM(config).bfloat16().eval())
         ids = torch.arange(8)[None]
         model.save_pretrained(tmp_path / "int8")
-        assert error_of(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), model, ids) == 0
+        assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), contents(model))
         error = export_qft(model, tmp_path / "bf16", inputs={"input_ids": ids})
-        assert error_of(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), model, ids) == error.largest
+        assert error_of(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), model, ids) == in_bf16(error)
         assert error.largest < 0.05 * error.largest_logit
 
     def test_blocks_are_looked_for_where_optimum_does(self):

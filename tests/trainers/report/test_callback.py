@@ -210,11 +210,12 @@ class TestContent:
 
     def test_after_is_the_best_model(self, checkpoint, tmp_path):
         saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-        run = trainer(checkpoint, tmp_path, load_best_model_at_end=True, learning_rate=0.5, **saved)
+        first_is_best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+        run = trainer(checkpoint, tmp_path, load_best_model_at_end=True, **first_is_best, **saved)
         run.train()
         losses = [entry["eval_loss"] for entry in run.state.log_history if entry.get("eval_loss") and entry["step"]]
-        assert min(losses) < losses[-1]
-        assert cells(read(tmp_path), "evaluation")[0][4] == f"{min(losses):.4g}"
+        assert max(losses) > losses[-1]
+        assert cells(read(tmp_path), "evaluation")[0][4] == f"{max(losses):.4g}"
 
 
 class TestResuming:
