@@ -280,7 +280,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for pattern, reason in expected:
             if re.search(pattern, item.nodeid):
-                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+                item.add_marker(pytest.mark.xfail(strict=not reason.startswith("rounding"), reason=reason))
                 break
 
 
