@@ -59,16 +59,10 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
-.venv-conformance/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-conformance
-	.venv-conformance/bin/pip install -q -c constraints.txt torch setuptools wheel
-	.venv-conformance/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[conformance]'
-	touch $@
-
-.venv-ecosystem/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-ecosystem
-	.venv-ecosystem/bin/pip install -q -c constraints.txt torch setuptools wheel
-	.venv-ecosystem/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[ecosystem]'
+.venv-conformance/.ready .venv-ecosystem/.ready: .venv-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -c constraints.txt torch setuptools wheel
+	.venv-$*/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
 .venv-oldest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt

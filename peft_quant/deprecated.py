@@ -41,7 +41,8 @@ def new_name(name: str) -> str:
 
 def find_old_modules() -> None:
     """Make the old module paths importable."""
-    sys.meta_path.insert(0, _OldModules())
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldModules())
 
 
 class _OldModules(MetaPathFinder, Loader):

@@ -29,6 +29,20 @@ from peft_quant.ops import PackedWeight
 from peft_quant.ops.packed.packing import pack_rows, pack_zeros
 
 
+BITS = (2, 3, 4, 8)
+LAYOUTS: dict[str, dict] = {
+    "per channel": {"group_size": -1},
+    "grouped": {"group_size": 32},
+    "ragged": {"group_size": 64},
+    "small odd groups": {"group_size": 24},
+    "act-order": {"group_size": 32, "act_order": True},
+    "ragged act-order": {"group_size": 64, "act_order": True},
+    "signed per channel": {"group_size": -1, "signed": True},
+    "signed": {"group_size": 32, "signed": True},
+    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
+}
+"""Options of [`random_packed`], for its 96 rows."""
+
 needs_native_adapters = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"to change the adapters of a bare model, this transformers asks for PEFT {MIN_PEFT_VERSION}",

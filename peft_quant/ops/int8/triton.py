@@ -25,7 +25,6 @@ _SMALLEST = tl.constexpr(int8.SMALLEST)
 _RANGE = tl.constexpr(int8.RANGE)
 _STEP = tl.constexpr(1 / int8.RANGE)
 _STOCHASTIC = tl.constexpr(int8.STOCHASTIC)
-_NEAREST = tl.constexpr(int8.NEAREST)
 _ERROR_FEEDBACK = tl.constexpr(int8.ERROR_FEEDBACK)
 _WARPS = 4
 _WARPS_OF_INT8_LION = 1

@@ -2,25 +2,11 @@
 
 import pytest
 import torch
-from gptq_models import kept_for_backward, random_packed
+from gptq_models import BITS, LAYOUTS, kept_for_backward, random_packed
 
 from peft_quant import ops
 from peft_quant.ops import reference
 from peft_quant.ops.packed import eager
-
-
-LAYOUTS = {
-    "per channel": {"group_size": -1},
-    "grouped": {"group_size": 32},
-    "ragged": {"group_size": 64},
-    "small odd groups": {"group_size": 24},
-    "act-order": {"group_size": 32, "act_order": True},
-    "ragged act-order": {"group_size": 64, "act_order": True},
-    "signed per channel": {"group_size": -1, "signed": True},
-    "signed": {"group_size": 32, "signed": True},
-    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
-}
-BITS = (2, 3, 4, 8)
 
 
 def arguments(bits, layout="grouped", zero_offset=1, **sizes):

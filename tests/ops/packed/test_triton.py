@@ -1,27 +1,16 @@
 """The Triton kernels against the naive reference: on a GPU, or under Triton's interpreter."""
 
+import gptq_models
 import pytest
 import torch
-from gptq_models import random_packed
+from gptq_models import BITS, random_packed
 
 from peft_quant.ops import reference
 from peft_quant.ops.packed import triton as kernels
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYOUTS = {
-    "per channel": {"group_size": -1},
-    "grouped": {"group_size": 32},
-    "ragged": {"group_size": 64},
-    "small odd groups": {"group_size": 24},
-    "groups smaller than a unit": {"group_size": 4},
-    "act-order": {"group_size": 32, "act_order": True},
-    "ragged act-order": {"group_size": 64, "act_order": True},
-    "signed per channel": {"group_size": -1, "signed": True},
-    "signed": {"group_size": 32, "signed": True},
-    "signed, symmetric, act-order": {"group_size": 32, "act_order": True, "symmetric": True, "signed": True},
-}
-BITS = (2, 3, 4, 8)
+LAYOUTS = {**gptq_models.LAYOUTS, "groups smaller than a unit": {"group_size": 4}}
 
 
 @pytest.fixture(autouse=True)
