@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .qft import QFTConfig as QFTConfig
     from .qft import QuantizedLion as QuantizedLion
     from .qft import convert_to_int8 as convert_to_int8
+    from .reading import InvalidFileError as InvalidFileError
     from .trainers.distillation.cache import cache_teacher as cache_teacher
     from .trainers.distillation.trainer import DistillationTrainer as DistillationTrainer
     from .trainers.distillation.trainer import DistillationTrainingArguments as DistillationTrainingArguments
@@ -64,6 +65,7 @@ _PUBLIC = {
     "trainers.distillation.trainer": ["DistillationTrainer", "DistillationTrainingArguments"],
     "trainers.qft": ["QFTTrainingArguments", "QFTTrainerMixin", "QFTTrainer"],
     "trainers.report.callback": ["ReportCallback"],
+    "reading": ["InvalidFileError"],
     "tuners.hotswap": ["hotswap_adapter"],
     "tuners.lrec": ["LRECConfig", "LRECModel"],
     "tuners.lrec.initialization": ["initialize_lrec_weights"],

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.packed.packing import SUPPORTED_BITS, WORD_BITS
+from ..reading import InvalidFileError
 
 
 class PackedTensors(NamedTuple):
@@ -22,8 +23,8 @@ class PackedTensors(NamedTuple):
     """int32 `[K]`, with every value of `0 .. G - 1` equally often, except the last, which may be rarer"""
 
 
-class InvalidCheckpointError(ValueError):
-    """Packed tensors that are not a valid GPTQ layer."""
+class InvalidCheckpointError(InvalidFileError):
+    """A checkpoint whose files are damaged or incomplete, or whose packed tensors are not a valid GPTQ layer."""
 
 
 def check_packed_tensors(name: str, tensors: PackedTensors) -> int:

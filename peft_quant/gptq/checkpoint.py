@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..reading import read_json
 from .check import InvalidCheckpointError, PackedTensors
 
 
@@ -228,21 +229,6 @@ class Checkpoint:
                 f"replacement is {new.dtype} of shape {tuple(new.shape)}."
             )
         return new.view(torch.uint8).numpy().tobytes()
-
-
-def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a JSON file.
-
-    Raises:
-        InvalidCheckpointError: naming the file, if it holds anything else.
-    """
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{file} is not JSON ({error}): it is damaged, download it again.") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpointError(f"{file} holds a {type(content).__name__}, not a mapping: download it again.")
-    return content
 
 
 def quantization_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
 from ..ops.packed.packing import SUPPORTED_BITS, WORD_BITS, convert_zeros
+from ..reading import read_json
 from .check import InvalidCheckpointError
-from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_json, read_tensors
+from .checkpoint import StoredTensor, group_size, packed_layers, quantization_config, read_tensors
 from .layer import repacked, tensor_format, zero_offset
 from .names import has_experts_apart, loaded_names, missing_layers, with_experts_apart
 from .source import Source, packed_modules

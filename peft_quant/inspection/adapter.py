@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from ..gptq.base_record import Layers, describe_checkpoint, difference, stored_layers
-from ..gptq.checkpoint import Checkpoint, read_json, read_tensors
+from ..gptq.checkpoint import Checkpoint, read_tensors
 from ..gptq.names import StoredNames
 from ..module_names import natural_order, split_block
+from ..reading import read_json
 from ..tables import bullet_list, format_number, format_value, text_table
 from .changes import LayerChange, cosine_similarities, layer_changes, split_layers
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, open_checkpoint

@@ -9,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..gptq.checkpoint import LEGACY_CONFIG, Checkpoint, read_json
+from ..gptq.checkpoint import LEGACY_CONFIG, Checkpoint
+from ..reading import read_json
 
 
 ADAPTER_CONFIG = "adapter_config.json"
