@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MATRIX = $(addprefix tests/,matrix families tuners gptq qft export trainers integration test_registry.py)
 
-.PHONY: bench demo docs test test-conformance test-ecosystem test-matrix lint format clean
+.PHONY: bench demo docs sanitize test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo_assets.py
@@ -22,6 +22,10 @@ docs: $(VENV)/.ready
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the kernels under compute-sanitizer; needs a GPU
+sanitize: $(VENV)/.ready
+	$(BIN)/python tests/ops/sanitize.py
 
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready
