@@ -40,9 +40,9 @@ def plant(kernel: str) -> None:
 
 
 def run(tool: str, *command: str) -> tuple[int, int, str]:
-    """Errors that a tool found in the processes of a command, the command's exit status, and what they printed."""
+    """Errors that a tool found in a command, the command's exit status, and what they printed."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ("compute-sanitizer", "--tool", tool, "--target-processes", "all", "--padding", "512")
+    sanitizer = ("compute-sanitizer", "--tool", tool, *(["--padding", "512"] if tool == "memcheck" else []))
     done = subprocess.run(
         [*sanitizer, sys.executable, *command],
         env=environment,
@@ -73,7 +73,10 @@ def main() -> None:
         start = time.monotonic()
         errors, status, output = run(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *pytest_options)
         passed = re.findall(r"\d+ passed.*", output)
-        print(f"{tool}: {errors} errors; pytest: {passed[-1] if passed else status}; {time.monotonic() - start:.0f} s")
+        print(
+            f"{tool}: {errors} errors; pytest: {passed[-1] if passed else status}; {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
         if errors or status:
             failed = True
             print(output[-8000:])
