@@ -9,7 +9,11 @@ from typing import Any
 
 
 class InvalidFileError(ValueError):
-    """A file that does not hold what its name promises; the message names it. Base class of the errors of reading."""
+    """A file that is damaged, or of another kind than its name says; the message names it.
+
+    Whatever is wrong with a file raises this or, for the weights of a checkpoint, [`InvalidCheckpointError`], which
+    derives from it.
+    """
 
 
 def read_text(file: str | os.PathLike[str]) -> str:

@@ -119,7 +119,8 @@ def merge_checkpoint(
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: `base` is a directory without a safetensors checkpoint.
-        InvalidCheckpointError: a shard or a layer's packed tensor is missing or damaged.
+        InvalidFileError: a file of the base or of the adapter is damaged; `InvalidCheckpointError` for a shard or a
+            layer's packed tensor that is damaged or missing.
         OSError: there is not enough space for the merged checkpoint.
         ValueError: the adapter is not a PEQA adapter, holds NaN or tensors that it did not train, or was trained on
             another base; or the merged model needs another config.json or additional tensors, as with a new head, a

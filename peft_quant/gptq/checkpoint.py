@@ -113,8 +113,8 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: no `config.json`, or no weights under these names.
-            InvalidCheckpointError: a file is damaged, a shard or a tensor of the index is missing, or two shards have
-                the same tensor.
+            InvalidFileError: a file is damaged; `InvalidCheckpointError` for weights that are damaged or missing, and
+                for two shards with the same tensor.
         """
         directory = Path(directory)
         config_file = directory / "config.json"
@@ -137,7 +137,7 @@ class Checkpoint:
         """The checkpoint with the files that `from_pretrained` has read.
 
         Raises:
-            InvalidCheckpointError: a file is damaged.
+            InvalidFileError: a file is damaged.
         """
         directory = files[0].parent
         config_file = directory / "config.json"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from peft_quant.files import new_directory
 from peft_quant.gptq import InvalidCheckpointError
 from peft_quant.gptq.checkpoint import Checkpoint, read_tensors
+from peft_quant.reading import InvalidFileError
 
 
 NAME = "model.layers.1.mlp.down_proj.scales"
@@ -170,13 +171,13 @@ class TestWhatIsRead:
     )
     def test_a_damaged_index_is_named(self, sharded, content):
         (sharded / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(InvalidCheckpointError, match=r"model\.safetensors\.index\.json"):
+        with pytest.raises(InvalidFileError, match=r"model\.safetensors\.index\.json"):
             Checkpoint.open(sharded)
 
     @pytest.mark.parametrize("content", (b"{", b"[1]", b"\xff\xfe"))
     def test_a_damaged_config_is_named(self, sharded, content):
         (sharded / "config.json").write_bytes(content)
-        with pytest.raises(InvalidCheckpointError, match=r"config\.json"):
+        with pytest.raises(InvalidFileError, match=r"config\.json"):
             Checkpoint.open(sharded)
 
     def test_a_name_that_transformers_does_not_look_for(self, tmp_path):
