@@ -27,7 +27,11 @@ def _read_config(ctx: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    content = _read_yaml(file.read_bytes(), str(file))
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # the user's own file: also a pipe, or a link to anywhere
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is not UTF-8 text: {error}") from error
+    content = _parse_yaml(text, str(file))
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{file} holds {content!r}: write options as `name: value`, one a line.")
     names = {
@@ -47,13 +51,13 @@ def _read_config(ctx: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-def _read_yaml(text: str | bytes, what: str) -> Any:
-    import yaml
+def _parse_yaml(text: str, source: str) -> Any:
+    from ..reading import InvalidFileError, parse_yaml
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{what} is not readable as YAML: {' '.join(str(error).split())}") from error
+        return parse_yaml(text, source)
+    except InvalidFileError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _pairs(mapping: dict[Any, Any]) -> list[str]:
@@ -122,7 +126,7 @@ def parse_fields(
 
 
 def _field_value(text: str) -> Any:
-    value = _read_yaml(text, repr(text))
+    value = _parse_yaml(text, repr(text))
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 3e-4 as a string

@@ -19,6 +19,7 @@ from ..gptq.names import StoredNames
 from ..gptq.zero_points import declared_format
 from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
+from ..reading import regular_files
 from ..tuners.peqa.config import PEQAConfig
 from ..tuners.saved import require_trained
 from .card import FACTS, README, best_effort, inherited_metadata, update_card
@@ -54,11 +55,7 @@ class Merge:
     def files(self) -> dict[str, int]:
         """Size in bytes of each file to write, by its path within `out`."""
         directory = self.checkpoint.directory
-        return {
-            file.relative_to(directory).as_posix(): file.stat().st_size
-            for file in sorted(directory.rglob("*"))
-            if file.is_file() and not file.relative_to(directory).parts[0].startswith(".")
-        }
+        return {file.relative_to(directory).as_posix(): file.stat().st_size for file in regular_files(directory)}
 
     def write(self) -> Path:
         """Write the merged checkpoint; it appears once it is complete.
@@ -119,7 +116,8 @@ def merge_checkpoint(
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: `base` is a directory without a safetensors checkpoint.
-        InvalidCheckpointError: a shard or a layer's packed tensor is missing or damaged.
+        InvalidFileError: a file of the base or of the adapter is damaged; `InvalidCheckpointError` for a shard or a
+            layer's packed tensor that is damaged or missing.
         OSError: there is not enough space for the merged checkpoint.
         ValueError: the adapter is not a PEQA adapter, holds NaN or tensors that it did not train, or was trained on
             another base; or the merged model needs another config.json or additional tensors, as with a new head, a

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..reading import read_json
+from ..reading import read_json, regular_file, regular_files
 from .check import InvalidCheckpointError, PackedTensors
 
 
@@ -25,6 +25,7 @@ LEGACY_CONFIG = "quantize_config.json"
 
 _HEADER_LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # of the format, in bytes
+_MOST_DIMENSIONS = 64  # of PyTorch
 _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _DTYPES = {
     "BOOL": torch.bool,
@@ -71,20 +72,21 @@ class StoredTensor:
         """Read the tensor into memory of its own.
 
         Raises:
-            InvalidCheckpointError: its dtype is unknown, or its shape takes another number of bytes.
+            InvalidCheckpointError: its dtype is unknown, or the file has become shorter.
         """
         dtype, size = self.torch_dtype, self.end - self.begin
-        if dtype is None or math.prod(self.shape) * dtype.itemsize != size:
+        if dtype is None:
             raise InvalidCheckpointError(
-                f"{self.file} has a tensor of {self.dtype} {self.shape} in {size} bytes, which cannot be read: it is "
-                "damaged, download it again."
+                f"{self.file} has a tensor of {self.dtype} {self.shape}, which is none of the dtypes that are read, "
+                f"{', '.join(_DTYPES)}."
             )
         if not size:
             return torch.empty(self.shape, dtype=dtype)
         content = bytearray(size)
         with self.file.open("rb") as stream:
             stream.seek(self.begin)
-            stream.readinto(content)
+            if stream.readinto(content) != size:
+                raise InvalidCheckpointError(f"{self.file} was changed while it was read: read it again.")
         return torch.frombuffer(content, dtype=dtype).view(self.shape)
 
 
@@ -113,8 +115,8 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: no `config.json`, or no weights under these names.
-            InvalidCheckpointError: a file is damaged, a shard or a tensor of the index is missing, or two shards have
-                the same tensor.
+            InvalidFileError: a file is damaged; `InvalidCheckpointError` for weights that are damaged or missing, and
+                for two shards with the same tensor.
         """
         directory = Path(directory)
         config_file = directory / "config.json"
@@ -137,7 +139,7 @@ class Checkpoint:
         """The checkpoint with the files that `from_pretrained` has read.
 
         Raises:
-            InvalidCheckpointError: a file is damaged.
+            InvalidFileError: a file is damaged.
         """
         directory = files[0].parent
         config_file = directory / "config.json"
@@ -172,24 +174,36 @@ class Checkpoint:
         """Read the tensors of a packed layer. Without a `g_idx`, as by GPTQ-for-LLaMa, groups are consecutive.
 
         Raises:
-            InvalidCheckpointError: the layer lacks a tensor.
+            InvalidCheckpointError: the layer lacks a tensor, or without a `g_idx` its shapes do not fit.
         """
-        missing = [part for part in ("qweight", "qzeros", "scales") if f"{layer}.{part}" not in self.tensors]
-        declared = self.quantization or {}
-        has_order = f"{layer}.g_idx" in self.tensors
-        if not has_order and declared.get("desc_act"):
-            missing.append("g_idx")
+        self.require_parts(layer)
+        qweight, qzeros, scales = (self.tensor(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales"))
+        if f"{layer}.g_idx" in self.tensors:
+            return PackedTensors(qweight, qzeros, scales, self.tensor(f"{layer}.g_idx"))
+        shapes = [tuple(tensor.shape) for tensor in (qweight, qzeros, scales)]
+        if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] != shapes[2][1]:
+            raise InvalidCheckpointError(
+                f"{layer} has qweight, qzeros and scales of the shapes {', '.join(map(str, shapes))} in "
+                f"{self.directory}, which do not fit each other: download the checkpoint again."
+            )
+        in_features = qweight.numel() // qzeros.shape[1]  # whose bits cancel
+        declared = (self.quantization or {}).get("group_size")
+        size = group_size(in_features, scales.shape[0], declared if isinstance(declared, int) else -1)
+        g_idx = torch.arange(in_features, dtype=torch.int32) // (size if size > 0 else in_features)
+        return PackedTensors(qweight, qzeros, scales, g_idx)
+
+    def require_parts(self, layer: str) -> None:
+        """Check that a packed layer has all its tensors; `g_idx` may be missing without act-order.
+
+        Raises:
+            InvalidCheckpointError: it lacks one.
+        """
+        needed = ["qweight", "qzeros", "scales", *["g_idx"] * bool((self.quantization or {}).get("desc_act"))]
+        missing = [part for part in needed if f"{layer}.{part}" not in self.tensors]
         if missing:
             raise InvalidCheckpointError(
                 f"{layer} has no {' and no '.join(missing)} in {self.directory}: download the checkpoint again."
             )
-        qweight, qzeros, scales = (self.tensor(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales"))
-        if has_order:
-            return PackedTensors(qweight, qzeros, scales, self.tensor(f"{layer}.g_idx"))
-        in_features = qweight.shape[0] * scales.shape[-1] // max(qzeros.shape[-1], 1)  # whose bits cancel
-        size = group_size(in_features, scales.shape[0], declared.get("group_size") or -1)
-        g_idx = torch.arange(in_features, dtype=torch.int32) // (size if size > 0 else in_features)
-        return PackedTensors(qweight, qzeros, scales, g_idx)
 
     def copy_with(self, target: Path, names: Iterable[str], replacement: Replacement) -> None:
         """Copy the checkpoint to an existing, empty directory: some tensors are replaced, every other byte is equal.
@@ -200,25 +214,26 @@ class Checkpoint:
             replacement: returns the new tensor, of the same shape and dtype, given a name and the old tensor.
 
         Raises:
+            InvalidFileError: a file or folder is a link that leads out of the checkpoint, as in
+                [`regular_files`][peft_quant.reading.regular_files].
             ValueError: a replacement has another shape or dtype than the tensor in the file.
         """
         replaced: dict[Path, list[str]] = {}
         for name in sorted(names, key=lambda name: self.tensors[name].begin):
             replaced.setdefault(self.tensors[name].file, []).append(name)
-        entries = [entry for entry in sorted(self.directory.iterdir()) if not entry.name.startswith(".")]
-        size = sum(entry.stat().st_size for entry in entries if entry.is_file())
+        files = regular_files(self.directory)
+        size = sum(file.stat().st_size for file in files)
         with tqdm(total=size, desc=f"writing {self.directory.name}", unit="B", unit_scale=True) as progress:
-            for entry in entries:
-                if entry.is_dir():
-                    shutil.copytree(entry, target / entry.name)
-                    continue
-                shutil.copyfile(entry, target / entry.name)
-                if entry in replaced:
-                    with (target / entry.name).open("r+b") as stream:
-                        for name in replaced[entry]:
+            for file in files:
+                copy = target / file.relative_to(self.directory)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+                if file in replaced:
+                    with copy.open("r+b") as stream:
+                        for name in replaced[file]:
                             stream.seek(self.tensors[name].begin)
                             stream.write(self._replaced(name, replacement))
-                progress.update(entry.stat().st_size)
+                progress.update(file.stat().st_size)
 
     def _replaced(self, name: str, replacement: Replacement) -> bytes:
         old = self.tensor(name)
@@ -276,8 +291,13 @@ def read_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
 
 def _weight_files(directory: Path, config: dict[str, Any]) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files that `from_pretrained` reads, and the index of their tensors, if there is one."""
-    named = config.get("transformers_weights")
-    first = directory / named if isinstance(named, str) else directory / SAFE_WEIGHTS_NAME
+    named = config.get("transformers_weights") or SAFE_WEIGHTS_NAME
+    if not isinstance(named, str) or Path(named).name != named:
+        raise InvalidCheckpointError(
+            f"{directory / 'config.json'} has transformers_weights={named!r}, which is not in its folder: name a file "
+            "there."
+        )
+    first = directory / named
     index_file = first if first.name.endswith(".index.json") else directory / SAFE_WEIGHTS_INDEX_NAME
     if first.is_file() and first != index_file:
         return [first], None
@@ -326,7 +346,7 @@ def _unread_weights(directory: Path, tensors: Mapping[str, StoredTensor]) -> tup
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """Locate the tensors of a safetensors file (format: length of the header, header in JSON, data)."""
-    size = file.stat().st_size
+    size = regular_file(file).stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
         start = _HEADER_LENGTH_BYTES + length
@@ -334,18 +354,42 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).")
         header = stream.read(length)
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
-            for name, entry in entries.items()
-            for begin, end in [entry["data_offsets"]]
-        }
-        expected = max((tensor.end for tensor in tensors.values()), default=start)
+        entries = json.loads(header.decode(), object_pairs_hook=_without_repeats)
+        metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata that are not text")
+        tensors = {name: _locate(file, start, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).") from error
-    if size != expected:
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        stored, dtype = tensor.end - tensor.begin, tensor.torch_dtype
+        if tensor.begin != end or (dtype is not None and math.prod(tensor.shape) * dtype.itemsize != stored):
+            raise InvalidCheckpointError(
+                f"{file} has a tensor of {tensor.dtype} {tensor.shape}, {name}, in the bytes {tensor.begin} to "
+                f"{tensor.end}, which do not fit it, overlap with another one or leave a gap: the file is damaged, "
+                "download it again."
+            )
+        end = tensor.end
+    if size != end:
         raise InvalidCheckpointError(
-            f"{file} is truncated or damaged: it has {size} bytes, its header describes {expected}. Download it again."
+            f"{file} is truncated or damaged: it has {size} bytes, its header describes {end}. Download it again."
         )
     return tensors
+
+
+def _locate(file: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
+    """The tensor of an entry of the header, given where the data start. Raises any error if the entry is damaged."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or begin > end:
+        raise ValueError(entry)
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in [*shape, begin, end]):
+        raise ValueError(entry)
+    return StoredTensor(file, dtype, tuple(shape), start + begin, start + end)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return content

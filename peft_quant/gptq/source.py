@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..reading import InvalidFileError
 from .check import InvalidCheckpointError, PackedTensors
 from .checkpoint import Checkpoint
 from .fingerprint import checkpoint_digest, layer_digest
@@ -124,7 +125,7 @@ def _checkpoint_of(model: PreTrainedModel) -> Checkpoint | None:
             return Checkpoint.of_files(files)
         directory = _directory_of(model.config)
         return None if directory is None else Checkpoint.open(directory)
-    except (OSError, InvalidCheckpointError):  # moved or changed since
+    except (OSError, InvalidFileError):  # moved or changed since
         return None
 
 

@@ -166,8 +166,8 @@ def inspect_adapter(
 
     Raises:
         FileNotFoundError: no `adapter_config.json` or `adapter_model.safetensors`.
-        InvalidCheckpointError: a file is truncated, or a layer of the base is damaged.
-        ValueError: the adapter is of another method, or damaged.
+        InvalidFileError: a file is damaged; `InvalidCheckpointError` for the weights.
+        ValueError: the adapter is of another method.
     """
     return _inspect(path, base, revision, token)[0]
 
@@ -191,7 +191,7 @@ def compare_adapters(
 
     Raises:
         FileNotFoundError: as [`inspect_adapter`].
-        InvalidCheckpointError: as [`inspect_adapter`].
+        InvalidFileError: as [`inspect_adapter`].
         ValueError: as [`inspect_adapter`], or the adapters' shapes differ in a layer.
     """
     (one, *of_one), (other, *of_other) = (_inspect(path, base, revision, token) for path in (first, second))

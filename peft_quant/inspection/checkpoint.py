@@ -17,6 +17,7 @@ from ..gptq.layer import tensor_format
 from ..gptq.zero_points import declared_format, stored_zero_offset
 from ..module_names import natural_order, split_block
 from ..ops.packed.packing import unpack_rows, unpack_zeros
+from ..reading import InvalidFileError
 from ..tables import bullet_list, format_number, format_value, text_table
 from .engines import EngineVerdict, Packing, engine_verdicts
 from .files import open_checkpoint, read_config
@@ -213,7 +214,7 @@ def inspect_checkpoint(
     if statistics:
         try:
             checkpoint = open_checkpoint(path, revision, token)
-        except InvalidCheckpointError as error:
+        except InvalidFileError as error:
             errors.append(str(error))
         else:
             sizes, layers = _read(checkpoint, declared_zeros, errors)

@@ -53,7 +53,7 @@ def read_config(path: str | os.PathLike[str], revision: str | None, token: str |
 
     Raises:
         FileNotFoundError: there is no `config.json`.
-        InvalidCheckpointError: it is damaged.
+        InvalidFileError: it is damaged.
     """
     if os.path.isdir(path):
         file = Path(path, "config.json")

@@ -1,18 +1,27 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, without_order
 from gptq_models import save_tiny_llama
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import peft_quant.gptq.checkpoint
 from peft_quant.files import new_directory
 from peft_quant.gptq import InvalidCheckpointError
 from peft_quant.gptq.checkpoint import Checkpoint, read_tensors
+from peft_quant.reading import InvalidFileError
 
 
 NAME = "model.layers.1.mlp.down_proj.scales"
+
+
+def write_header(file, header, data=bytes(4)):
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
 
 
 @pytest.fixture
@@ -170,13 +179,13 @@ class TestWhatIsRead:
     )
     def test_a_damaged_index_is_named(self, sharded, content):
         (sharded / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(InvalidCheckpointError, match=r"model\.safetensors\.index\.json"):
+        with pytest.raises(InvalidFileError, match=r"model\.safetensors\.index\.json"):
             Checkpoint.open(sharded)
 
     @pytest.mark.parametrize("content", (b"{", b"[1]", b"\xff\xfe"))
     def test_a_damaged_config_is_named(self, sharded, content):
         (sharded / "config.json").write_bytes(content)
-        with pytest.raises(InvalidCheckpointError, match=r"config\.json"):
+        with pytest.raises(InvalidFileError, match=r"config\.json"):
             Checkpoint.open(sharded)
 
     def test_a_name_that_transformers_does_not_look_for(self, tmp_path):
@@ -191,24 +200,127 @@ class TestWhatIsRead:
             {"dtype": "F16", "shape": [2]},
             {"dtype": "F16", "shape": [2], "data_offsets": "ab"},
             {"dtype": "F16", "shape": [2], "data_offsets": [0]},
+            {"dtype": "F16", "shape": [2], "data_offsets": [True, 4]},
             {"dtype": "F16", "shape": 2, "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": "2", "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": [-2], "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": [2.0], "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": [1 << 63], "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": [1] * 65, "data_offsets": [0, 4]},
+            {"dtype": "F16", "shape": [0], "data_offsets": [4, 0]},
+            {"dtype": ["F16"], "shape": [2], "data_offsets": [0, 4]},
             [],
         ),
     )
     def test_a_damaged_header_is_named(self, sharded, entry):
-        header = json.dumps({"tensor": entry}).encode()
-        shard = sharded / "model-00002-of-00003.safetensors"
-        shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        with pytest.raises(InvalidCheckpointError, match="model-00002-of-00003"):
+        write_header(sharded / "model-00002-of-00003.safetensors", json.dumps({"tensor": entry}))
+        with pytest.raises(
+            InvalidCheckpointError, match=r"model-00002-of-00003\.safetensors is not a safetensors file"
+        ):
             Checkpoint.open(sharded)
 
-    @pytest.mark.parametrize("entry", ({"dtype": "F4", "shape": [2]}, {"dtype": "F16", "shape": [3]}))
-    def test_a_tensor_that_cannot_be_read_is_named(self, sharded, entry):
-        header = json.dumps({"tensor": {**entry, "data_offsets": [0, 4]}}).encode()
-        shard = sharded / "extra.safetensors"
-        shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        with pytest.raises(InvalidCheckpointError, match=r"extra\.safetensors has a tensor of"):
-            read_tensors([shard])["tensor"].read()
+    @pytest.mark.parametrize(
+        "header", ("[]", "[" * 10**5, '{"__metadata__": {"a": 1}}', '{"__metadata__": []}', "9" * 5000, '{"a": ""}')
+    )
+    def test_a_header_of_another_kind_is_named(self, sharded, header):
+        write_header(sharded / "model-00002-of-00003.safetensors", header)
+        with pytest.raises(InvalidCheckpointError, match="is not a safetensors file"):
+            Checkpoint.open(sharded)
+
+    def test_a_header_with_a_name_twice(self, tmp_path):
+        entry = '"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}'
+        write_header(tmp_path / "twice.safetensors", f"{{{entry}, {entry}}}")
+        with pytest.raises(InvalidCheckpointError, match=r"twice\.safetensors is not a safetensors file"):
+            read_tensors([tmp_path / "twice.safetensors"])
+
+    @pytest.mark.parametrize(
+        "entries",
+        (
+            {"a": ("F16", [3], 0, 4)},
+            {"a": ("F16", [1 << 62, 4], 0, 4)},
+            {"a": ("F16", [1], 0, 2)},  # and two bytes of nothing
+            {"a": ("F16", [1], 2, 4)},
+            {"a": ("F16", [2], 0, 4), "b": ("F16", [1], 2, 4)},
+            {"a": ("F16", [2], 0, 4), "b": ("F16", [2], 0, 4)},
+        ),
+    )
+    def test_tensors_in_the_wrong_place_are_named(self, tmp_path, entries):
+        file = tmp_path / "damaged.safetensors"
+        header = {name: {"dtype": d, "shape": s, "data_offsets": [b, e]} for name, (d, s, b, e) in entries.items()}
+        write_header(file, json.dumps(header))
+        with pytest.raises(InvalidCheckpointError, match=r"damaged\.safetensors (has a tensor of F16|is truncated)"):
+            read_tensors([file])
+        with pytest.raises(SafetensorError):  # which is as strict
+            load_file(file)
+
+    def test_a_tensor_of_an_unknown_dtype_is_named(self, tmp_path):
+        write_header(
+            tmp_path / "extra.safetensors", '{"tensor": {"dtype": "F4", "shape": [2], "data_offsets": [0, 4]}}'
+        )
+        with pytest.raises(InvalidCheckpointError, match=r"extra\.safetensors has a tensor of F4"):
+            read_tensors([tmp_path / "extra.safetensors"])["tensor"].read()
+
+    def test_a_file_that_shrinks_while_it_is_read(self, sharded):
+        checkpoint = Checkpoint.open(sharded)
+        file = checkpoint.tensors[NAME].file
+        os.truncate(file, checkpoint.tensors[NAME].begin + 1)
+        with pytest.raises(InvalidCheckpointError, match="changed while it was read"):
+            checkpoint.tensor(NAME)
+
+    @pytest.mark.parametrize("name", ("../other/model.safetensors", "/model.safetensors", ["a"], 1))
+    def test_weights_that_the_config_names_outside_of_the_directory(self, sharded, name):
+        (sharded / "config.json").write_text(json.dumps({"transformers_weights": name}))
+        with pytest.raises(InvalidCheckpointError, match=r"config\.json has transformers_weights="):
+            Checkpoint.open(sharded)
+
+    def test_reading_is_linear_in_the_tensors(self, sharded, monkeypatch):
+        """Each header is read once, not for each tensor again."""
+        read = []
+        read_header = peft_quant.gptq.checkpoint._read_header
+        monkeypatch.setattr(
+            "peft_quant.gptq.checkpoint._read_header", lambda file: read.append(file.name) or read_header(file)
+        )
+        checkpoint = Checkpoint.open(sharded)
+        for layer in checkpoint.packed_layers:
+            checkpoint.packed(layer)
+        assert sorted(read) == [f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)]
+
+
+class TestLinks:
+    def test_a_shard_outside_of_the_directory(self, sharded, tmp_path):
+        shard = sharded / "model-00002-of-00003.safetensors"
+        shard.rename(tmp_path / "secret")
+        shard.symlink_to(tmp_path / "secret")
+        with pytest.raises(InvalidFileError, match=r"model-00002-of-00003\.safetensors is a link to .*secret"):
+            Checkpoint.open(sharded)
+
+    @pytest.mark.parametrize("name", ("model-00002-of-00003.safetensors", "extra.safetensors"))
+    def test_a_pipe(self, sharded, name):
+        (sharded / name).unlink(missing_ok=True)
+        os.mkfifo(sharded / name)
+        with pytest.raises(InvalidFileError, match=name.replace(".", r"\.")):
+            Checkpoint.open(sharded)
+
+    def test_a_copy_follows_none_out_of_the_directory(self, sharded, tmp_path):
+        (tmp_path / "secret").write_text("secret")
+        (sharded / "deep").mkdir()
+        (sharded / "deep" / "link").symlink_to(tmp_path / "secret")
+        (tmp_path / "copy").mkdir()
+        with pytest.raises(InvalidFileError, match=r"link is a link to .*secret"):
+            Checkpoint.open(sharded).copy_with(tmp_path / "copy", {NAME}, lambda name, old: old)
+        assert list((tmp_path / "copy").iterdir()) == []
+
+    def test_a_snapshot_of_the_hub_is_copied_with_its_content(self, sharded, tmp_path):
+        snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
+        snapshot.mkdir(parents=True)
+        blobs = Path(shutil.move(sharded, tmp_path / "models--a--b" / "blobs"))
+        for blob in blobs.iterdir():
+            (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+        (tmp_path / "copy").mkdir()
+        checkpoint = Checkpoint.open(snapshot)
+        checkpoint.copy_with(tmp_path / "copy", {NAME}, lambda name, old: old * 2)
+        assert torch.equal(Checkpoint.open(tmp_path / "copy").tensor(NAME), checkpoint.tensor(NAME) * 2)
+        assert not any(file.is_symlink() for file in (tmp_path / "copy").iterdir())
 
 
 class TestLegacy:
@@ -228,6 +340,17 @@ class TestLegacy:
         without_order(directory)
         with pytest.raises(InvalidCheckpointError, match=r"down_proj has no g_idx"):
             Checkpoint.open(directory).packed("model.layers.0.mlp.down_proj")
+
+    @pytest.mark.parametrize("shape", ((), (4,), (4, 0), (4, 1)))
+    def test_without_an_order_and_of_other_shapes(self, tmp_path, shape):
+        directory = save_tiny_llama(tmp_path / "base")
+        without_order(directory)
+        name = "model.layers.0.mlp.down_proj"
+        tensors = load_file(directory / "model.safetensors")
+        tensors[f"{name}.scales"] = torch.ones(shape, dtype=torch.float16)
+        save_file(tensors, directory / "model.safetensors")
+        with pytest.raises(InvalidCheckpointError, match=r"down_proj has qweight, qzeros and scales of the shapes"):
+            Checkpoint.open(directory).packed(name)
 
     def test_a_layer_that_lacks_a_tensor(self, sharded):
         checkpoint = Checkpoint.open(sharded)
