@@ -14,6 +14,7 @@ import yaml
 _LONGEST_TEXT = 100_000_000  # bytes
 _LONGEST_YAML = 200_000  # characters, which take a second
 _MOST_FILES = 100_000
+_DOWNLOAD, _MEND = "it is damaged, download it again", "mend it"
 _FENCE = "---"  # around the metadata of a Markdown file
 
 
@@ -89,7 +90,7 @@ def regular_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_text(file: str | os.PathLike[str]) -> str:
+def read_text(file: str | os.PathLike[str], way_out: str = _DOWNLOAD) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
@@ -99,31 +100,43 @@ def read_text(file: str | os.PathLike[str]) -> str:
     path = regular_file(file)
     size = path.stat().st_size
     if size > _LONGEST_TEXT:
-        raise InvalidFileError(f"{path} has {size / 1e6:.0f} MB, which is no text of a model: download it again.")
+        raise InvalidFileError(f"{path} has {size / 1e6:.0f} MB, which is no text of a model: {way_out}.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InvalidFileError(f"{path} is not UTF-8 text ({error}): it is damaged, download it again.") from error
+        raise InvalidFileError(f"{path} is not UTF-8 text ({error}): {way_out}.") from error
 
 
-def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(file: str | os.PathLike[str], way_out: str = _DOWNLOAD) -> dict[str, Any]:
     """The mapping in a JSON file, where NaN and Infinity are numbers, and the last of equal keys holds.
 
     Raises:
         FileNotFoundError: there is no such file.
         InvalidFileError: it holds anything else, or cannot be read as text.
     """
-    text = read_text(file)
+    return parse_json(read_text(file, way_out), str(file), way_out)
+
+
+def parse_json(text: str, source: str, way_out: str = _DOWNLOAD) -> dict[str, Any]:
+    """The mapping in a JSON text, as [`read_json`].
+
+    Args:
+        text: the text.
+        source: its name in errors.
+
+    Raises:
+        InvalidFileError: it is anything else.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{file} is not JSON ({error}): it is damaged, download it again.") from error
+        raise InvalidFileError(f"{source} is not JSON ({error}): {way_out}.") from error
     if not isinstance(content, dict):
-        raise InvalidFileError(f"{file} holds a {type(content).__name__}, not a mapping: download it again.")
+        raise InvalidFileError(f"{source} holds a {type(content).__name__}, not a mapping: {way_out}.")
     return content
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, way_out: str = _MEND) -> Any:
     """The content of a YAML text of up to 200,000 characters. Aliases, which can multiply it, are refused.
 
     Args:
@@ -134,14 +147,16 @@ def parse_yaml(text: str, source: str) -> Any:
         InvalidFileError: it is not YAML, has an alias, or is longer.
     """
     if len(text) > _LONGEST_YAML:
-        raise InvalidFileError(f"{source} has {len(text)} characters of YAML: use at most {_LONGEST_YAML}.")
+        raise InvalidFileError(
+            f"{source} has {len(text)} characters of YAML, {_LONGEST_YAML} are read at most: {way_out}."
+        )
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{source} is not readable as YAML: {' '.join(str(error).split())}") from error
+        raise InvalidFileError(f"{source} is not YAML ({' '.join(str(error).split())}): {way_out}.") from error
 
 
-def read_front_matter(file: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+def read_front_matter(file: str | os.PathLike[str], way_out: str = _DOWNLOAD) -> tuple[dict[str, Any], str]:
     """The metadata in YAML at the beginning of a Markdown file, and the text behind it.
 
     Returns:
@@ -151,15 +166,15 @@ def read_front_matter(file: str | os.PathLike[str]) -> tuple[dict[str, Any], str
         FileNotFoundError: there is no such file.
         InvalidFileError: the metadata is not a mapping in YAML, or the file cannot be read as text.
     """
-    text = read_text(file)
+    text = read_text(file, way_out)
     lines = text.lstrip().splitlines(keepends=True)
     fences = [number for number, line in enumerate(lines) if line.rstrip() == _FENCE]
     if len(fences) < 2 or fences[0] != 0:
         return {}, text
-    metadata = parse_yaml("".join(lines[1 : fences[1]]), str(file)) or {}
+    metadata = parse_yaml("".join(lines[1 : fences[1]]), str(file), way_out) or {}
     if not isinstance(metadata, dict):
         raise InvalidFileError(
-            f"{file} begins with a {type(metadata).__name__}, not with `name: value` lines: mend it."
+            f"{file} begins with a {type(metadata).__name__}, not with `name: value` lines: {way_out}."
         )
     return metadata, "".join(lines[fences[1] + 1 :])
 

@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..files import new_file
 from ..gptq.checkpoint import quantization_config, read_tensors
 from ..inspection.engines import Packing, engine_verdicts
+from ..reading import InvalidFileError, parse_json, read_front_matter, read_json
 
 
 README = "README.md"
@@ -37,7 +38,9 @@ _MARK = "<!-- peft_quant:"
 _BEGIN = f"{_MARK} generated down to the end mark, and again at every save; your own text goes above or below -->"
 _END = f"{_MARK} end -->"
 # older cards store the record inside the first mark
-_GENERATED = re.compile(rf"{_MARK} generated [^\n>]*(?:\n(?P<record>{{[^\n]*}})\n)?-->.*?{_END}", re.DOTALL)
+_GENERATED = re.compile(rf"{_MARK} generated [^\n<>]*(?:\n(?P<record>{{[^\n]*}})\n)?-->.*?{_END}", re.DOTALL)
+_LONGEST_CARD = 1_000_000  # bytes
+_MEND = "mend or remove it"
 
 _KINDS = {"PEQA": "peqa_adapter", "LREC": "lrec_adapter", "LORA": "lora_export"}
 _MERGED = "merged_gptq"
@@ -74,13 +77,37 @@ _ROLES = (  # roles of tensors by their names
 _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I32": "int32", "I16": "int16", "I8": "int8"}
 
 _FORMAT = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "fingerprint")
+# of values by name: `{str: type}` is a mapping, `[type]` a list
+_TYPES_OF_FACTS: dict[str, Any] = {
+    "base": {str: (str, type(None))},
+    "base_quantization": {str: object},
+    "command": str,
+    "compared_with": {str: {str: (int, float)}},
+    "export": {str: object},
+    "log": str,
+    "method": str,
+    "perplexity": {str: (int, float)},
+    "repository": str,
+    "settings": {str: object},
+    "trained": [{str: (str, int)}],
+}
+_TYPES_OF_CONFIG: dict[str, Any] = {
+    "architectures": [str],
+    "base_model_name_or_path": str,
+    "base_quantization": {str: object},
+    "bias": str,
+    "peft_type": str,
+    "quantization_config": {str: object},
+    "task_type": str,
+}
+_RECORD = {"facts": {str: object}, "metadata": {str: object}, "weights": str}
 _OF_THE_WEIGHTS = ("settings", "command", "log", "perplexity", "compared_with", "trained", "export")
 _OURS_ALONE = ("library_name", "base_model", "base_model_relation", "pipeline_tag", "model-index")
 _INHERITED = ("license", "license_name", "license_link", "language")
 _PACKAGES = ("peft-quant", "peft", "transformers", "torch", "gptqmodel", "optimum")
 
 _SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
-_OF_TRANSFORMERS = re.compile(r"This is the model card of a 🤗 transformers model .*? automatically generated\.")
+_OF_TRANSFORMERS = re.compile(r"This is the model card of a 🤗 transformers model .{0,200}? automatically generated\.")
 _OF_PEFT = re.compile(r"### Framework versions\n\n(- PEFT \S+\s*)+$")
 _OF_THE_TRAINER = "<!-- This model card has been generated automatically according to the information the Trainer had"
 
@@ -124,9 +151,12 @@ def write_model_card(
 
     Raises:
         FileNotFoundError: the directory has neither an `adapter_config.json` nor a `config.json`.
-        ValueError: the adapter is of another method, the checkpoint is not GPTQ, or the existing card is not readable.
+        InvalidFileError: the existing card, its facts or the configuration are damaged.
+        ValueError: the adapter is of another method, the checkpoint is not GPTQ, or a fact has another type.
     """
     facts = {"settings": settings, "command": command, "perplexity": perplexity, "compared_with": compared_with}
+    if wrong := _misfit({**facts, "repository": repository}, _TYPES_OF_FACTS):
+        raise ValueError(f"{wrong}: see the types of `write_model_card`'s arguments.")
     metadata = {"license": license, "language": language, "datasets": datasets, "tags": tags}
     return update_card(directory, [Card.read(directory)], [base_model], repository, facts, metadata)
 
@@ -160,7 +190,9 @@ def update_card(
     """
     directory = Path(directory)
     file = _config_file(directory)
-    place, config = file.parent, json.loads(file.read_text(encoding="utf-8"))
+    place, config = file.parent, read_json(file)
+    if wrong := _misfit(config, _TYPES_OF_CONFIG):
+        raise InvalidFileError(f"{file} is damaged, {wrong}: download it again.")
     given = {**(facts or {}), "repository": repository}
     if file.name == "config.json":
         config["quantization_config"] = quantization_config(place, config) or {}
@@ -187,7 +219,10 @@ def update_card(
     front_matter = _merge_metadata(generated, metadata or {}, layout, [card for card in earlier if card is not layout])
     text = _render(kind, config, base, task, known, place.relative_to(directory).as_posix())
     part = f"{_BEGIN}\n{text.replace(_MARK, '&lt;!-- peft_quant:')}\n\n{_END}"
-    body = _GENERATED.sub(lambda _: part, layout.text, count=1) if layout.text else f"\n{part}\n"
+    searched = _up_to_the_end_mark(layout.text)
+    body = _GENERATED.sub(lambda _: part, searched, count=1) + layout.text[len(searched) :]
+    if not layout.text:
+        body = f"\n{part}\n"
     record = {"weights": weights, "facts": known, "metadata": generated}
     for name, content in (
         (README, f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n{body}"),
@@ -245,26 +280,24 @@ class Card:
         """Read the card of a directory; an empty one if there is none.
 
         Raises:
-            ValueError: one of the files is not readable.
+            InvalidFileError: one of the files is damaged, or the card is longer than 1 MB.
         """
         readme, record = Path(directory, README), Path(directory, FACTS)
-        metadata: dict[str, Any] = {}
-        try:
-            text = readme.read_text(encoding="utf-8-sig") if readme.is_file() else ""
-            if text.lstrip().startswith("---"):
-                card = ModelCard(text)
-                metadata, text = card.data.to_dict(), card.text
-        except Exception as error:  # YAML errors and those of huggingface_hub's checks
-            raise ValueError(f"{README} is not readable: {error}. Mend or remove it.") from error
-        generated = _GENERATED.search(text)
-        try:
-            content = record.read_text(encoding="utf-8") if record.is_file() else generated and generated["record"]
-            if not content:
-                return cls(metadata, text)
-            found = json.loads(content)
-            return cls(metadata, text, found["weights"], {**found["facts"]}, {**found["metadata"]})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{FACTS} is not a record of peft_quant: {error!r}. Mend or remove it.") from error
+        metadata, text = _read_readme(readme) if readme.exists() else ({}, "")
+        found: Any = None
+        if record.exists():
+            found = read_json(record, _MEND)
+        elif (generated := _GENERATED.search(_up_to_the_end_mark(text))) and generated["record"]:
+            record, found = readme, parse_json(generated["record"], str(readme), _MEND)
+        if found is None:
+            return cls(metadata, text)
+        wrong = _misfit(found, _RECORD) or ", ".join(f"{name} is missing" for name in _RECORD if name not in found)
+        if not wrong:
+            card = cls(metadata, text, found["weights"], found["facts"] or {}, found["metadata"] or {})
+            wrong = _misfit(card.facts, _TYPES_OF_FACTS) or _misfit(card.generated, {"tags": [str]})
+        if wrong:
+            raise InvalidFileError(f"{record} does not hold facts of peft_quant, {wrong}: {_MEND}.")
+        return card
 
     @property
     def is_ours(self) -> bool:
@@ -296,6 +329,40 @@ class Card:
         return facts
 
 
+def _read_readme(file: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a card."""
+    size = file.stat().st_size
+    if size > _LONGEST_CARD:
+        raise InvalidFileError(f"{file} has {size} bytes, a card at most {_LONGEST_CARD}: {_MEND}.")
+    metadata, text = read_front_matter(file, _MEND)
+    try:
+        return ModelCardData(**metadata).to_dict(), text
+    except Exception as error:  # of many classes
+        raise InvalidFileError(f"{file} has front matter that is not the Hub's ({error}): {_MEND}.") from error
+
+
+def _up_to_the_end_mark(text: str) -> str:
+    """The part that the search for a generated part reads: it takes quadratic time in a text without an end mark."""
+    return text[: text.rfind(_END) + len(_END)] if _END in text else ""
+
+
+def _misfit(values: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
+    """The first known value of another type than expected, or None."""
+    for name, kind in types.items():
+        if values.get(name) is not None and not _fits(values[name], kind):
+            return f"{name} is {str(values[name])[:80]!r}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, kind[0]) for v in value)
+    if isinstance(kind, dict):
+        names = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        return names and all(_fits(entry, kind[str]) for entry in value.values())
+    return isinstance(value, kind)
+
+
 @cache
 def _template() -> str:
     return ModelCard.from_template(ModelCardData()).text
@@ -315,9 +382,9 @@ class _Base:
         directory_name = None
         for name in names:
             if isinstance(name, dict):
-                if name["hub_id"]:
-                    return cls(**name)
-                directory_name = directory_name or name["directory_name"]
+                if name.get("hub_id"):
+                    return cls(name["hub_id"], name.get("revision"))
+                directory_name = directory_name or name.get("directory_name")
             if not isinstance(name, str) or not name:
                 continue
             snapshot = _SNAPSHOT.search(name.replace("\\", "/"))
@@ -490,8 +557,8 @@ def _merge_metadata(
 
 
 def _union(*lists: Any) -> list[str]:
-    entries = [[tags] if isinstance(tags, str) else tags or [] for tags in lists]
-    return list(dict.fromkeys(tag for tags in entries for tag in tags))
+    entries = [tags if isinstance(tags, list) else [tags] for tags in lists]
+    return list(dict.fromkeys(tag for tags in entries for tag in tags if isinstance(tag, str)))
 
 
 def _is_publishable_tag(tag: str) -> bool:

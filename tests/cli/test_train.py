@@ -169,7 +169,7 @@ class TestOptions:
             (("--learning_rat", "1e-3"), "learning_rat is unknown: did you mean learning_rate"),
             (("--r", "4"), "--r is unknown"),  # PEQA has no rank
             (("--max_steps", "many"), "invalid int value: 'many'"),
-            (("--target_modules", "[q_proj"), "is not readable as YAML"),
+            (("--target_modules", "[q_proj"), "is not YAML"),
             (("--resume_from_checkpoint", "here"), "use --resume"),
             (("extra",), "extra is unknown"),
         ),
@@ -191,7 +191,7 @@ class TestOptions:
             ("learning_rat: 1", "learning_rat in the file of --config is unknown: did you mean learning_rate"),
             ("max_steps: many", "invalid int value: 'many'"),
             ("[1, 2]", "write options as `name: value`"),
-            ("a: [", "is not readable as YAML"),
+            ("a: [", "is not YAML"),
         ),
     )
     def test_wrong_files(self, train, tmp_path, content, message):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -313,6 +314,13 @@ class TestEdits:
             pytest.param(
                 "peft_quant_facts.json", b'{"weights": 1, "facts": [1], "metadata": null}', id="json-foreign"
             ),
+            pytest.param(
+                "peft_quant_facts.json",
+                b'{"weights": null, "facts": {"perplexity": {"text": "low"}}, "metadata": {}}',
+                id="json-types",
+            ),
+            pytest.param("README.md", b"---\nlicense: &a [1]\ntags: *a\n---\n", id="alias"),
+            pytest.param("README.md", b"#" * 1_000_001, id="long"),
         ),
     )
     def test_a_card_that_cannot_be_read_is_left_alone(self, checkpoint, tmp_path, file, content):
@@ -322,7 +330,7 @@ class TestEdits:
         written = {path.name for path in tmp_path.iterdir()}
         assert written == {file, "adapter_config.json", "adapter_model.safetensors"}
         assert (tmp_path / file).read_bytes() == content
-        with pytest.raises(ValueError, match="Mend or remove it"):
+        with pytest.raises(ValueError, match="mend or remove it"):
             write_model_card(tmp_path)
 
     def test_foreign_facts_do_not_stop_a_save(self, checkpoint, tmp_path):
@@ -332,6 +340,21 @@ class TestEdits:
             tuned(checkpoint).save_pretrained(tmp_path)
         assert (tmp_path / "adapter_model.safetensors").exists()
         assert facts_of(tmp_path) == foreign
+
+    @pytest.mark.parametrize("part", ("<!-- peft_quant: generated -->", "<!-- peft_quant: generated ", "\n", "---\n"))
+    def test_a_text_that_repeats_takes_no_longer(self, checkpoint, tmp_path, part):
+        """Searches that begin again at every mark would take hours."""
+        readme = "---\nlicense: mit\n---\n" + part * (900_000 // len(part))
+        (tmp_path / "README.md").write_text(readme)
+        model = tuned(checkpoint)
+        start = time.monotonic()
+        model.save_pretrained(tmp_path)
+        assert time.monotonic() - start < 60
+        assert card_of(tmp_path).data["license"] == "mit"
+
+    def test_facts_of_another_type_are_refused(self, directories):
+        with pytest.raises(ValueError, match=r"perplexity is .*'low'"):
+            write_model_card(directories["peqa"], perplexity={"Wikipedia": "low"})
 
     def test_marks_in_values_are_no_marks(self, checkpoint, tmp_path):
         model = tuned(checkpoint)
