@@ -52,21 +52,26 @@ format: $(VENV)/.ready
 
 # gptqmodel is built from source against the installed torch, hence torch first and no build isolation.
 # auto-gptq cannot be imported under transformers 5, only its layers can: tests use them, without its dependencies.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt constraints-extras.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/pip install -q --no-deps --only-binary auto-gptq 'auto-gptq==0.7.1; python_version < "3.12"'
+	$(BIN)/pip install -q -c constraints-extras.txt torch setuptools wheel
+	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall --require-hashes -r constraints.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready-bench: $(VENV)/.ready
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+# pip wants hashes of everything if it is given any
+.cache/pins.txt: constraints.txt constraints-extras.txt
+	mkdir -p .cache
+	sed -n 's/^\([[:alnum:]][^ ]*\).*/\1/p' $^ > $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready .cache/pins.txt
+	$(BIN)/pip install -q -c .cache/pins.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
-.venv-conformance/.ready .venv-ecosystem/.ready: .venv-%/.ready: pyproject.toml constraints.txt
+.venv-conformance/.ready .venv-ecosystem/.ready: .venv-%/.ready: pyproject.toml .cache/pins.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install -q -c constraints.txt torch setuptools wheel
-	.venv-$*/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	.venv-$*/bin/pip install -q -c .cache/pins.txt torch setuptools wheel
+	.venv-$*/bin/pip install -q -c .cache/pins.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
 .venv-oldest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt
