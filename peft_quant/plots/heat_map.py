@@ -59,7 +59,7 @@ def heat_map(rows: Sequence[Sequence[Panel]], scale: str | None = None, percent:
                 block, module = cells[name]
                 grid[block][module] = value
             image = axes.imshow(grid, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
-            axes.set_title(fill(panel.title, 10 + 4 * len(modules)))
+            axes.set_title(fill(panel.title, 10 + 4 * len(modules)), parse_math=False)
             axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylabel("block")

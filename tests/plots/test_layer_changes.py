@@ -65,7 +65,9 @@ def test_two_adapters_on_one_scale(drawn, tmp_path):
 
 def test_long_titles_stay_above_their_panel(drawn, tmp_path):
     rows = [change(0, module, 0.1) for module in MODULES]
-    plot_layer_changes(rows, tmp_path / "two.png", other=rows, titles=("a-run-with-all-its-settings-in-its-name", "b"))
+    plot_layer_changes(
+        rows, tmp_path / "two.png", other=rows, titles=("a-run-with-all-its-$\\settings$-in-its-name", "b")
+    )
     (figure,) = drawn
     left, right, _ = (axes.title.get_window_extent() for axes in figure.axes)
     assert left.x0 >= 0

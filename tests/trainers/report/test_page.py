@@ -68,6 +68,12 @@ def test_text_is_text(tmp_path):
     assert "before\n  indented</pre>" in text
 
 
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    log = [{**entry, "eval_$\\frac{$_loss": 1.0, "eval_b_loss": 2.0} for entry in LOG]
+    text = write(tmp_path, TrainingReport("LREC", "", log=log))
+    assert r"$\frac{$" in "".join(figures(text)[0].itertext())
+
+
 def test_nothing_is_asked_for(tmp_path):
     text = write(tmp_path, WHOLE)
     addresses = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', text)
