@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...docstrings import help_from_docstring
+from ...optimizer_steps import skipped_steps
 from ...tuners.lrec.layer import LRECLinear
 from .cache import CachedTeacher, data_fingerprint
 from .loss import IGNORED, distillation_loss
@@ -82,7 +83,8 @@ class DistillationTrainer(Trainer):
 
     Each term is a mean per predicted token. A token is predicted if its label is not -100 and `attention_mask`
     excludes neither it nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if used,
-    `hidden` in addition to the loss; evaluation averages over all tokens, not over batches.
+    `hidden` in addition to the loss; evaluation averages over all tokens, not over batches. Training logs also count
+    `skipped_steps`, whose gradients were not finite.
 
     The student's logits are overwritten with their gradient in chunks, so that only one such tensor exists.
 
@@ -155,9 +157,11 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             logger.info(str(self.teacher))
             self.teacher.to(self.args.device)
+            self.add_callback(_TeacherCheck(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._reset_logs()
+        self._batches: list[dict[str, Any]] = []  # of the current step
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -199,6 +203,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._trained += values * scale
             self._steps.add(self.state.global_step)
+            self._batches.append(inputs)
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -224,6 +229,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self._steps:
             means = self.accelerator.gather(self._trained[None]).mean(0) / len(self._steps)
             logs.update(zip(self._terms, means.tolist()))
+            logs["skipped_steps"] = skipped_steps(self.model)
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
@@ -237,6 +243,26 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         targets = [next_tokens(batch) for batch in batch_samples]
         return super()._get_num_items_in_batch([{"labels": t, "shift_labels": t} for t in targets], device)
+
+
+class _TeacherCheck(TrainerCallback):
+    """Names the teacher where its output is the reason that a step was skipped."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.skipped = skipped_steps(self.trainer.model)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        batches, self.trainer._batches = self.trainer._batches, []
+        before, self.skipped = self.skipped, skipped_steps(self.trainer.model)
+        teacher = self.trainer.teacher
+        if teacher is not None and self.skipped > before and any(teacher(batch).has_nan() for batch in batches):
+            logger.warning(
+                "The output of the teacher is not finite for a batch of the step that was skipped: use it in bf16 or "
+                "fp32 if it is in fp16, and make its cache again if it has one."
+            )
 
 
 def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
