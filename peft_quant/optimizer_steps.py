@@ -61,14 +61,14 @@ class SkippedSteps:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= MAX_SKIPPED_STEPS:
             raise TrainingError(
-                f"The gradients of the last {self.in_a_row} optimizer steps, up to step {self.steps}, were not "
-                "finite, so these steps were skipped: what trains is as it was before them, and can be saved. "
+                f"The gradients of the last {self.in_a_row} optimizer steps, up to step {self.steps} of this run, "
+                "were not finite, so they were skipped: what trains is as it was before them, and can be saved. "
                 + _CAUSES
             )
         if skipped and self.total.bit_count() == 1:
             logger.warning(
-                "The gradients of optimizer step %d were not finite, so it was skipped; %d so far. %d in a row end "
-                "training. %s",
+                "The gradients of optimizer step %d of this run were not finite, so it was skipped; %d so far. %d in "
+                "a row end training. %s",
                 self.steps,
                 self.total,
                 MAX_SKIPPED_STEPS,
@@ -133,8 +133,11 @@ def watch_steps(model: nn.Module, layer_class: type[BaseTunerLayer], monitor: St
 
 def skipped_steps(model: nn.Module) -> int:
     """Number of optimizer steps that were skipped because a gradient of a model's adapters was not finite."""
-    modules = set(model.modules())
-    return sum(watched.skipped for inner, watched in list(_watched.items()) if inner in modules)
+    return sum(
+        watched.skipped
+        for inner, watched in list(_watched.items())
+        if any(module is inner for module in model.modules())
+    )
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:

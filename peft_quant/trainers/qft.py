@@ -326,8 +326,8 @@ class QFTTrainer(QFTTrainerMixin, Trainer):
     Raises:
         TypeError: `args` has the wrong type.
         ValueError: the model has no int8 weights, an optimizer was passed, or there are several GPUs or processes.
-        TrainingError (from `train`): after the first step, nothing had moved, or a frozen parameter had; or ten steps in
-            a row were skipped.
+        TrainingError (from `train`): after the first step, nothing had moved, or a frozen parameter had; or ten
+            steps in a row were skipped.
 
     Example:
         ```py

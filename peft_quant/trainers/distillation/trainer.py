@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,7 @@ class DistillationTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     args: DistillationTrainingArguments
+    model: Any
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count tokens over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
         self._reset_logs()
+        self._batches: deque[dict[str, Any]] = deque(maxlen=args.gradient_accumulation_steps)  # of the current step
         self._evaluated = self._zero_sums()
         if self.teacher is not None:
             logger.info(str(self.teacher))
@@ -161,7 +164,6 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._reset_logs()
-        self._batches: list[dict[str, Any]] = []  # of the current step
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -255,10 +257,9 @@ class _TeacherCheck(TrainerCallback):
         self.skipped = skipped_steps(self.trainer.model)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        batches, self.trainer._batches = self.trainer._batches, []
         before, self.skipped = self.skipped, skipped_steps(self.trainer.model)
-        teacher = self.trainer.teacher
-        if teacher is not None and self.skipped > before and any(teacher(batch).has_nan() for batch in batches):
+        teacher: Any = self.trainer.teacher
+        if self.skipped > before and any(teacher(batch).has_nan() for batch in self.trainer._batches):
             logger.warning(
                 "The output of the teacher is not finite for a batch of the step that was skipped: use it in bf16 or "
                 "fp32 if it is in fp16, and make its cache again if it has one."
