@@ -70,7 +70,6 @@ class ClampedScales:
         self._layers = WeakValueDictionary(layers)  # `unload` must free them
         self._base: dict[str, torch.Tensor] = {}  # samples of scales that do not change
         self._suspects = 0.0
-        self._warned = 0
 
     @torch.no_grad()
     def suspects(self) -> torch.Tensor | None:
@@ -95,11 +94,8 @@ class ClampedScales:
         if suspects < 2 * self._suspects or not suspects:
             return
         self._suspects = suspects
-        counts = count_clamped(self._layers)
-        clamped = sum(count for count, _ in counts.values())
-        found = describe_clamped(counts)
-        if found and clamped >= 2 * self._warned:
-            self._warned = clamped
+        found = describe_clamped(count_clamped(self._layers))
+        if found:
             warnings.warn(
                 f"After an optimizer step, {found}: the learning rate is too high. Start again with a lower one; "
                 "PEQA's is absolute, and AdamW's steps are about as large.",
