@@ -95,14 +95,32 @@ class _AdapterSnapshot(_Snapshot):
         if self.without_gradient:
             raise TrainingError(
                 f"The gradients of all {len(self.trained['adapter'])} adapter tensors were zero in each of the first "
-                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, or every "
-                "sequence has one token. Check the data set and its collator."
+                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, every "
+                "sequence has one token, or every weight is zero. Check the data set, its collator and the base."
             )
         self.require_moved(
             "adapter",
             ". Build the optimizer after `get_peft_model`, and check that gradients reach the adapter and are not "
             "zero.",
         )
+
+
+class StepsWithoutGradient:
+    """The steps before the first that can train something."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def wait(self, without_gradient: bool) -> bool:
+        """Whether to wait for the next step, which too many steps without gradient in all are no reason to."""
+        self._count += without_gradient
+        if without_gradient and self._count == 1:
+            warnings.warn(
+                "All gradients of an optimizer step were zero: every label of its batch is -100, which is ignored, or "
+                "every sequence has one token.",
+                stacklevel=3,
+            )
+        return without_gradient and self._count < _STEPS_WITHOUT_GRADIENT
 
 
 class FirstStep:
@@ -115,7 +133,7 @@ class FirstStep:
     def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
         self.layer_class = layer_class
         self._snapshot: _AdapterSnapshot | None = None
-        self._without_gradient = 0
+        self._without_gradient = StepsWithoutGradient()
 
     def before(self, model: nn.Module) -> None:
         """Remember the adapted model right before a step."""
@@ -133,14 +151,7 @@ class FirstStep:
         snapshot, self._snapshot = self._snapshot, None
         if snapshot is None or not snapshot.trained["adapter"]:
             return False
-        self._without_gradient += snapshot.without_gradient
-        if snapshot.without_gradient and self._without_gradient < _STEPS_WITHOUT_GRADIENT:
-            if self._without_gradient == 1:
-                warnings.warn(
-                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is "
-                    "ignored, or every sequence has one token.",
-                    stacklevel=2,
-                )
+        if self._without_gradient.wait(snapshot.without_gradient):
             return False
         snapshot.check()
         return True

@@ -26,7 +26,7 @@ from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
 from ..files import replaced_files, require_space
-from ..first_step import Int8Snapshot
+from ..first_step import Int8Snapshot, StepsWithoutGradient
 from ..optimizer_steps import SkippedSteps
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
@@ -347,6 +347,7 @@ class _TrainerHooks(TrainerCallback):
         self.trainer = trainer
         self.proven = False
         self.snapshot: Int8Snapshot | None = None
+        self.without_gradient = StepsWithoutGradient()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._begin()
@@ -362,10 +363,11 @@ class _TrainerHooks(TrainerCallback):
             self.snapshot = Int8Snapshot(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        before, self.skipped_before = self.skipped_before, self.trainer._optimizer().skipped_steps
+        lion = self.trainer._optimizer()
+        before, self.skipped_before = self.skipped_before, lion.skipped_steps
         skipped = self.skipped_before > before
         self.skipped.count(skipped)
-        if self.snapshot is None or skipped:
+        if self.snapshot is None or skipped or self.without_gradient.wait(not lion.has_momentum):
             return
         snapshot, self.snapshot, self.proven = self.snapshot, None, True
         snapshot.check()

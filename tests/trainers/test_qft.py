@@ -154,6 +154,21 @@ class TestTraining:
         run.train()
         assert logged(run, "skipped_steps") == [0, 1, 1, 1]
 
+    @pytest.mark.parametrize("settings", ({}, FUSED, {"gradient_accumulation_steps": 2}), ids=str)
+    def test_nan_ten_times_in_a_row_ends_it(self, tmp_path, settings, caplog):
+        class Broken(QFTTrainer):
+            def compute_loss(self, *args, **kwargs):
+                loss = super().compute_loss(*args, **kwargs)
+                if self.state.global_step == 1:
+                    self.before = contents(self.model)
+                return loss * float("nan") if self.state.global_step not in (0, 5) else loss * 0.0
+
+        run = trainer(tmp_path, trainer_class=Broken, max_steps=20, weight_decay=0.0, **settings)
+        with pytest.raises(TrainingError, match="the last 10 optimizer steps, up to step 16 "):
+            run.train()
+        assert logged(run, "skipped_steps")[-1] == 13
+        assert "optimizer step 2 of this run were not finite, so it was skipped; 1 so far" in caplog.text
+
     def test_training_twice_goes_on(self, tmp_path):
         run = trainer(tmp_path)
         run.train()
