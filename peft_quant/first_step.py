@@ -22,7 +22,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class TrainingError(RuntimeError):
-    """Training does not change what it should, or changes something else, or its gradients are never finite."""
+    """Training does not change what it should, or changes something else, or ten steps in a row were not finite."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
