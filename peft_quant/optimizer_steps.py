@@ -213,4 +213,4 @@ def _not_finite(parameters: list[torch.Tensor]) -> torch.Tensor:
 def _read(numbers: list[torch.Tensor | None]) -> list[float]:
     """Numbers on the device, all waited for at once; 0 for None."""
     found = [torch.zeros(()) if number is None else number.float() for number in numbers]
-    return torch.stack([number.to(found[0].device, non_blocking=True) for number in found]).tolist()
+    return torch.stack([number.to(found[0].device) for number in found]).tolist()

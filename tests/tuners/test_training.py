@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_quant import TrainingError
+from peft_quant.trainers.report.facts import summary
 
 
 @pytest.fixture
@@ -163,6 +164,7 @@ def test_a_batch_with_nan_is_skipped(peft_model, trainer, values, accumulation, 
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
     assert not any(torch.equal(third[name], tensor) for name, tensor in second.items())
     assert peft_model.skipped_steps == 1
+    assert summary(run.args, run.state, peft_model)["Skipped steps"] == "1"
     assert run.lr_scheduler.last_epoch == 3
 
 

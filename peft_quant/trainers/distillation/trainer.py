@@ -258,8 +258,13 @@ class _TeacherCheck(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         before, self.skipped = self.skipped, skipped_steps(self.trainer.model)
+        if self.skipped == before:
+            return
         teacher: Any = self.trainer.teacher
-        if self.skipped > before and any(teacher(batch).has_nan() for batch in self.trainer._batches):
+        found = [
+            teacher(batch).has_nan() for batch in self.trainer._batches
+        ]  # all, as processes may share its weights
+        if any(found):
             logger.warning(
                 "The output of the teacher is not finite for a batch of the step that was skipped: use it in bf16 or "
                 "fp32 if it is in fp16, and make its cache again if it has one."
