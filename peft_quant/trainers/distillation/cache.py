@@ -124,7 +124,7 @@ def cache_teacher(
 
     Raises:
         ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; an
-            argument is out of range; or the teacher gives NaN or infinite logits, for which nothing is written.
+            argument is out of range; or the teacher gives NaN or infinite logits, which are not written.
         TypeError: `data` can be read only once.
     """
     source = ModelTeacher(teacher)

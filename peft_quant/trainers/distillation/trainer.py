@@ -261,9 +261,8 @@ class _TeacherCheck(TrainerCallback):
         if self.skipped == before:
             return
         teacher: Any = self.trainer.teacher
-        found = [
-            teacher(batch).has_nan() for batch in self.trainer._batches
-        ]  # all, as processes may share its weights
+        # every batch in every process, as processes may share the teacher's weights
+        found = [teacher(batch).has_nan() for batch in self.trainer._batches]
         if any(found):
             logger.warning(
                 "The output of the teacher is not finite for a batch of the step that was skipped: use it in bf16 or "
