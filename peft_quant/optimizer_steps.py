@@ -98,10 +98,17 @@ class _Watched:
 
 @dataclass
 class _Optimizer:
-    """An optimizer, the models under watch that it holds parameters of, and how many parameters it had then."""
+    """What is known of an optimizer.
+
+    Attributes:
+        skipped: its skipped steps.
+        models: the models under watch that it holds parameters of, and whether the first one that trains is among
+            these; None if they are to be looked up.
+        size: number of parameters when they were.
+    """
 
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
-    models: list[weakref.ref[nn.Module]] | None = None
+    models: list[tuple[weakref.ref[nn.Module], bool]] | None = None
     size: int = 0
 
 
@@ -148,7 +155,8 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     if getattr(optimizer, "found_inf", None):  # set by a GradScaler; a fused step then does nothing
         return
     watched = [_watched[model] for model in models]
-    monitors = [w.monitor for w in watched if w.monitor is not None]
+    # one optimizer is enough where every parameter has its own
+    monitors = [w.monitor for w, has_first in zip(watched, models.values()) if w.monitor is not None and has_first]
     bad, *suspects = _read([_not_finite(parameters), *(monitor.suspects() for monitor in monitors)])
     for monitor, found in zip(monitors, suspects):
         monitor.report(found)
@@ -172,19 +180,19 @@ def _after_step(*_: Any) -> None:
                 watched.monitor.report(*_read([watched.monitor.suspects()]))
 
 
-def _models_of(optimizer: Optimizer, parameters: list[torch.Tensor]) -> list[nn.Module]:
-    """The models under watch that have adapters and any of the parameters; looked up once."""
+def _models_of(optimizer: Optimizer, parameters: list[torch.Tensor]) -> dict[nn.Module, bool]:
+    """The models under watch that have adapters and any of the parameters, and whether their first that trains is."""
     known = _optimizers.setdefault(optimizer, _Optimizer())
     if known.models is None or known.size != len(parameters):
         held = {id(parameter) for parameter in parameters}
         known.size = len(parameters)
         known.models = [
-            weakref.ref(model)
+            (weakref.ref(model), id(next((p for p in model.parameters() if p.requires_grad), None)) in held)
             for model, watched in list(_watched.items())
             if any(isinstance(module, watched.layer_class) for module in model.modules())
             and any(id(parameter) in held for parameter in model.parameters())
         ]
-    return [model for reference in known.models if (model := reference()) is not None]
+    return {model: has_first for reference, has_first in known.models if (model := reference()) is not None}
 
 
 def _updates(optimizer: Optimizer, model: nn.Module) -> bool:

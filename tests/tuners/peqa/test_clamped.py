@@ -8,6 +8,7 @@ from gptq_models import PlainMLP
 from peft import get_peft_model
 
 from peft_quant import PEQAConfig
+from peft_quant.tuners.peqa.clamped import ClampedScales
 
 
 @pytest.fixture(params=({}, {"signed": True}), ids=str)
@@ -59,6 +60,19 @@ def test_are_warned_of_again_when_their_number_has_doubled(peft_model):
 
     found = [warned(count) for count in (0, 3, 20, 30, 50, 60, 109)]
     assert found == [[], [], ["20 of 1,536"], [], ["50 of 1,536"], [], ["109 of 1,536"]]
+
+
+def test_are_looked_for_once_a_step(peft_model, monkeypatch):
+    looks = []
+    stock = ClampedScales.suspects
+    monkeypatch.setattr(ClampedScales, "suspects", lambda monitor: looks.append(monitor) or stock(monitor))
+    step(peft_model)
+    optimizers = [torch.optim.SGD([delta], lr=1e-6) for _, delta in scales(peft_model).values()]
+    looks.clear()
+    peft_model(torch.ones(3, 64)).pow(2).mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert len(looks) == 1
 
 
 def test_that_began_there_do_not_count():
