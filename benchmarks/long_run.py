@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from peft_quant import LRECConfig, PEQAConfig, QFTTrainer, QFTTrainingArguments, convert_to_int8
 
 
-MAX_GROWTH_MB = 4.0
+MAX_GROWTH_MB = 8.0
 METHODS = ("peqa", "lrec", "qft-stack", "qft-fused")
 CONFIG = {
     "hidden_size": 64,
