@@ -191,15 +191,18 @@ def test_groups_of_zeros(tmp_path, adapted, trainer, values, everywhere):
     base = save_tiny_llama(tmp_path / "base")
     save_file(clear(load_file(base / "model.safetensors")), base / "model.safetensors", {"format": "pt"})
     model = adapted(load(base))
-    run = trainer(model, steps=2)
+    run = trainer(model, steps=12)
     if everywhere:
-        with pytest.raises(TrainingError, match=r"none of the 14 adapter tensors has moved|were zero"):
-            trainer(model, steps=12).train()
-        return
-    run.train()
-    moved = [name for name, tensor in values(model).items() if tensor.any()]
-    assert moved
-    assert all(tensor.isfinite().all() for tensor in values(model).values())
+        with (
+            pytest.raises(TrainingError, match="or every weight is zero"),
+            pytest.warns(match="gradients .* were zero"),
+        ):
+            run.train()
+    else:
+        run.train()
+        moved = {name for name, tensor in values(model).items() if tensor.any()}
+        assert any("v_proj" in name for name in moved)
+        assert all(tensor.isfinite().all() for tensor in values(model).values())
 
 
 def test_warmup_from_zero(peft_model, trainer, values):
