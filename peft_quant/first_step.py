@@ -1,14 +1,12 @@
 """First-step check: exactly the tensors that a method trains change at the first optimizer step.
 
-For adapters, PyTorch calls a pair of hooks around every `Optimizer.step`. A model is checked once, at the first step
-that has a learning rate above zero, involves any of its parameters and has a gradient. int8 weights may be updated
-during backward, so their trainer takes an `Int8Snapshot` before it.
+An adapted model is checked once, at the first step that has a learning rate above zero and a gradient, by
+`optimizer_steps.py`. int8 weights may be updated during backward, so their trainer takes an `Int8Snapshot` before it.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,28 +14,31 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 
-_SAMPLES = 1024
 _STEPS_WITHOUT_GRADIENT = 10  # after so many steps, the data is at fault rather than a batch
 _SURE = 20  # if so many values are expected to move at random, none does once in e ** 20 runs
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class TrainingError(RuntimeError):
-    """Training does not change what the method should train, or changes something else."""
+    """Training does not change what it should, or changes something else, or ten steps in a row were not finite."""
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: torch.Tensor, count: int = 1024) -> torch.Tensor:
+    """View fewer than `2 * count` values, spread evenly over a tensor (or over this process's shard of it)."""
+    flat = local(tensor.detach()).reshape(-1)
+    return flat[:: max(1, flat.numel() // count)]
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy at most a few thousand values, spread evenly over a tensor (or over this process's shard of it)."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+    """Copy what [`spread`] views."""
+    return spread(tensor).clone()
 
 
 class _Snapshot:
@@ -94,8 +95,8 @@ class _AdapterSnapshot(_Snapshot):
         if self.without_gradient:
             raise TrainingError(
                 f"The gradients of all {len(self.trained['adapter'])} adapter tensors were zero in each of the first "
-                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, or every "
-                "sequence has one token. Check the data set and its collator."
+                f"{_STEPS_WITHOUT_GRADIENT} optimizer steps, as where every label is -100, which is ignored, every "
+                "sequence has one token, or every weight is zero. Check the data set, its collator and the base."
             )
         self.require_moved(
             "adapter",
@@ -104,65 +105,56 @@ class _AdapterSnapshot(_Snapshot):
         )
 
 
-class _Proof:
-    def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
-        self.layer_class = layer_class
-        self.snapshot: _AdapterSnapshot | None = None
-        self.without_gradient = 0
+class StepsWithoutGradient:
+    """The steps before the first that can train something."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def wait(self, without_gradient: bool) -> bool:
+        """Whether to wait for the next step, which too many steps without gradient in all are no reason to."""
+        self._count += without_gradient
+        if without_gradient and self._count == 1:
+            warnings.warn(
+                "All gradients of an optimizer step were zero: every label of its batch is -100, which is ignored, or "
+                "every sequence has one token.",
+                stacklevel=3,
+            )
+        return without_gradient and self._count < _STEPS_WITHOUT_GRADIENT
 
 
-_under_proof: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
-_hooks: list[Any] = []  # never removed, because PyTorch iterates over the hooks while calling them
-
-
-def prove_first_step(model: nn.Module, layer_class: type[BaseTunerLayer]) -> None:
-    """Check the first step that any optimizer takes on a model's adapters. Idempotent.
+class FirstStep:
+    """Checks the first step that any optimizer takes on a model's adapters.
 
     Args:
-        model: the model, with tuner layers of `layer_class`.
         layer_class: class of the tuner layers; the adapter parameters in their `first_to_move` should move.
-
-    Raises (from `Optimizer.step`):
-        TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
     """
-    if model not in _under_proof:
-        _under_proof[model] = _Proof(layer_class)
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
 
+    def __init__(self, layer_class: type[BaseTunerLayer]) -> None:
+        self.layer_class = layer_class
+        self._snapshot: _AdapterSnapshot | None = None
+        self._without_gradient = StepsWithoutGradient()
 
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    overflow = getattr(optimizer, "found_inf", None)  # set by a GradScaler; a fused step then does nothing
-    if overflow:
-        return
-    for model, proof in list(_under_proof.items()):
-        if _involves(optimizer, model):
-            proof.snapshot = _AdapterSnapshot(model, proof.layer_class)
+    def before(self, model: nn.Module) -> None:
+        """Remember the adapted model right before a step."""
+        self._snapshot = _AdapterSnapshot(model, self.layer_class)
 
+    def after(self) -> bool:
+        """Check the model right after the step.
 
-def _after_step(*_: Any) -> None:
-    for model, proof in list(_under_proof.items()):
-        snapshot, proof.snapshot = proof.snapshot, None
+        Returns:
+            Whether the step trained it. After one without gradients, or of another model, the next one is the first.
+
+        Raises:
+            TrainingError: no adapter parameter moved, or a frozen parameter or a buffer of a base layer did.
+        """
+        snapshot, self._snapshot = self._snapshot, None
         if snapshot is None or not snapshot.trained["adapter"]:
-            continue
-        proof.without_gradient += snapshot.without_gradient
-        if snapshot.without_gradient and proof.without_gradient < _STEPS_WITHOUT_GRADIENT:
-            if proof.without_gradient == 1:
-                warnings.warn(
-                    "All gradients of an optimizer step were zero: every label of its batch is -100, which is "
-                    "ignored, or every sequence has one token.",
-                    stacklevel=2,
-                )
-            continue
-        del _under_proof[model]
+            return False
+        if self._without_gradient.wait(snapshot.without_gradient):
+            return False
         snapshot.check()
-
-
-def _involves(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimizer holds a parameter of the model in a group whose learning rate is above zero."""
-    updated = {id(p) for group in optimizer.param_groups if float(group.get("lr", 1)) > 0 for p in group["params"]}
-    return any(id(parameter) in updated for parameter in model.parameters())
+        return True
 
 
 class Int8Snapshot(_Snapshot):

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,14 @@ def test_all_parameters(tmp_path, options, expected):
     assert float(row["bwd_ms"]) > 0
     if "--in-backward" in options:
         assert " SGD, in backward |" in run("table.py", str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ("peqa", "lrec", "qft-stack", "qft-fused"))
+def test_a_long_run_prints_a_row_every_so_many_steps(monkeypatch, capsys, method):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    long_run = import_module("long_run")
+    monkeypatch.setattr(long_run, "MAX_GROWTH_MB", math.inf)
+    assert long_run.run(method, steps=6, every=2)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == [f"| {method}: steps", "| 2", "| 4", "| 6"]
+    assert len({row[2] for row in rows[1:]}) == 1

@@ -6,7 +6,7 @@ from gptq_models import PlainMLP
 from peft import get_peft_model
 
 from peft_quant import LRECConfig, PEQAConfig, TrainingError
-from peft_quant.first_step import _under_proof
+from peft_quant.optimizer_steps import _watched
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def backward(peft_model):
 
 def pending():
     gc.collect()
-    return len(_under_proof)
+    return sum(watched.first is not None for watched in _watched.values())
 
 
 def trainable(peft_model):

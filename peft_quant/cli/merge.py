@@ -18,6 +18,13 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print what would be written, but write nothing.")
     ] = False,
+    allow_clamped_scales: Annotated[
+        bool,
+        typer.Option(
+            "--allow-clamped-scales",
+            help="Merge even if training drove 1 % of a layer's scales or more to the limits of their dtype.",
+        ),
+    ] = False,
     push_to_hub: PushToHub = None,
     config: Config = None,
 ) -> None:
@@ -25,7 +32,7 @@ def merge(
     prepare()
     from ..export.merge import plan_merge
 
-    plan = plan_merge(base, adapter, out)
+    plan = plan_merge(base, adapter, out, allow_clamped_scales=allow_clamped_scales)
     changed = f"{len(plan.deltas)} scales"
     if plan.others:
         changed += f" and {len(plan.others)} tensors of modules_to_save"

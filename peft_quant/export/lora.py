@@ -12,6 +12,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 
 from ..files import new_directory
+from ..tuners.layer import check_finite
 from ..tuners.lrec.config import LRECConfig
 from .card import best_effort, update_card
 
@@ -41,7 +42,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: it is not an LREC adapter, or the model has no adapter of that name.
+        ValueError: it is not an LREC adapter, holds NaN or infinite values, or the model has no adapter of that name.
     """
     if isinstance(adapter, PeftModel):
         with TemporaryDirectory() as saved:
@@ -67,6 +68,8 @@ def _export(
         )
     lora = written.to_lora() if isinstance(written, LRECConfig) else written
     weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    for name, tensor in weights.items():
+        check_finite(f"{adapter}: {name}", tensor)
     with new_directory(out) as directory:
         lora.save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

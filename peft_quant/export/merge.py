@@ -18,8 +18,9 @@ from ..gptq.checkpoint import Checkpoint
 from ..gptq.names import StoredNames
 from ..gptq.zero_points import declared_format
 from ..module_names import SCALE_DELTAS, split_adapter_key
-from ..ops import round_scales
+from ..ops import newly_clamped, round_scales
 from ..reading import regular_files
+from ..tuners.peqa.clamped import describe_clamped
 from ..tuners.peqa.config import PEQAConfig
 from ..tuners.saved import require_trained
 from .card import FACTS, README, best_effort, inherited_metadata, update_card
@@ -96,6 +97,7 @@ def merge_checkpoint(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_clamped_scales: bool = False,
 ) -> Path:
     """Write a copy of a GPTQ checkpoint with a PEQA adapter merged into its scales.
 
@@ -109,6 +111,8 @@ def merge_checkpoint(
         out: directory to write, which must not exist.
         revision: branch, tag or commit of `base`, if it is a Hub id.
         token: Hub token.
+        allow_clamped_scales: merge even if the adapter drove 1 % of a layer's scales or more to the smallest or
+            largest value that the checkpoint can store, as too high a learning rate does.
 
     Returns:
         The path of `out`.
@@ -119,11 +123,13 @@ def merge_checkpoint(
         InvalidFileError: a file of the base or of the adapter is damaged; `InvalidCheckpointError` for a shard or a
             layer's packed tensor that is damaged or missing.
         OSError: there is not enough space for the merged checkpoint.
-        ValueError: the adapter is not a PEQA adapter, holds NaN or tensors that it did not train, or was trained on
-            another base; or the merged model needs another config.json or additional tensors, as with a new head, a
-            resized vocabulary or trained tied embeddings. `merge_and_unload` supports those.
+        ValueError: the adapter is not a PEQA adapter, holds NaN, tensors that it did not train or clamped scales, or
+            was trained on another base; or the merged model needs another config.json or additional tensors, as with a
+            new head, a resized vocabulary or trained tied embeddings. `merge_and_unload` supports those.
     """
-    return plan_merge(base, adapter, out, revision=revision, token=token).write()
+    return plan_merge(
+        base, adapter, out, revision=revision, token=token, allow_clamped_scales=allow_clamped_scales
+    ).write()
 
 
 def plan_merge(
@@ -133,6 +139,7 @@ def plan_merge(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_clamped_scales: bool = False,
 ) -> Merge:
     """Check everything that [`merge_checkpoint`] needs, without writing.
 
@@ -170,6 +177,8 @@ def plan_merge(
     replaced = {other_names[name]: trained[name] for name in others}
     _require_shapes(checkpoint, config, {**deltas, **replaced})
     _require_base(checkpoint, config, layer_names)
+    if not allow_clamped_scales:
+        _refuse_clamped(checkpoint, config, deltas)
     plan = Merge(
         checkpoint, config, deltas, replaced, Path(out), (config.base_model_name_or_path, os.fspath(directory))
     )
@@ -222,6 +231,20 @@ def _require_shapes(checkpoint: Checkpoint, config: PEQAConfig, tensors: dict[st
         if name.endswith(".scales"):
             raise ValueError(f"{found}: it was trained on another base model, {config.base_model_name_or_path}.")
         raise ValueError(f"{found}, as where a vocabulary was resized, which changes config.json. {_MERGE_IN_MEMORY}")
+
+
+def _refuse_clamped(checkpoint: Checkpoint, config: PEQAConfig, deltas: dict[str, torch.Tensor]) -> None:
+    counts = {}
+    for name, delta in deltas.items():
+        base = checkpoint.tensor(name)
+        clamped = newly_clamped(base.float() + delta.float(), base, base.dtype, config.serving_torch_dtype)
+        counts[name.removesuffix(".scales")] = int(clamped.sum()), clamped.numel()
+    found = describe_clamped(counts)
+    if found:
+        raise ValueError(
+            f"{found}: the learning rate was too high. Train again with a lower one, use an earlier checkpoint, or "
+            "merge nevertheless with allow_clamped_scales=True (--allow-clamped-scales)."
+        )
 
 
 def _require_base(checkpoint: Checkpoint, config: PEQAConfig, names: dict[str, str]) -> None:

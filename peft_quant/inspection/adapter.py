@@ -229,6 +229,13 @@ def _inspect(
     unmoved = sum(change.absolute == 0 for change in changes)
     if unmoved:
         notes.append(f"{unmoved} of {len(changes)} layers have not moved at all.")
+    clamped = [change for change in changes if change.clamped]
+    if clamped:
+        count = sum(change.clamped or 0 for change in clamped)
+        notes.append(
+            f"{count:,} scales in {len(clamped)} layers have reached the smallest or largest value that the base can "
+            "store, as with too high a learning rate."
+        )
     inspection = AdapterInspection(
         path=os.fspath(path),
         method=config["peft_type"],

@@ -21,7 +21,7 @@ import torch
 from ..gptq import PackedFormat, PackedTensors
 from ..gptq.layer import dequantize_tensors
 from ..module_names import LOW_RANK, SCALE_DELTAS, split_adapter_key
-from ..ops import round_scales
+from ..ops import newly_clamped, round_scales
 
 
 BaseLayer = Callable[[str], "tuple[PackedTensors, PackedFormat]"]
@@ -38,6 +38,7 @@ class LayerChange:
         absolute: root mean square of the scale deltas, or Frobenius norm of `dW`.
         relative: `sqrt(mean((D / s)^2))` of the scales, or `|dW| / |W|` in the Frobenius norm; None without the base.
         stored: share of the scales whose stored value changes; None without the base and for low-rank adapters.
+        clamped: number of the scales that reach the smallest or largest value that the base can store; None as above.
         rank: the rank of a low-rank adapter, else None.
         scaling: the factor `c` of a low-rank adapter, else None.
         stable_rank: `|dW|_F^2 / |dW|_2^2`, from 1 to the rank: how many directions share the change. None for scales
@@ -49,6 +50,7 @@ class LayerChange:
     absolute: float
     relative: float | None = None
     stored: float | None = None
+    clamped: int | None = None
     rank: int | None = None
     scaling: float | None = None
     stable_rank: float | None = None
@@ -152,16 +154,16 @@ def _scale_change(
     scales = base(name)[0].scales.detach().to(delta.device)
     _require_shape(name, delta.shape, scales.shape)
     serving = options.get("serving_dtype")
-    tuned, untuned = (
-        round_scales(values, scales, scales.dtype, getattr(torch, serving) if serving else None)
-        for values in (scales.float() + delta.float(), scales.float())
-    )
+    dtypes = scales.dtype, getattr(torch, serving) if serving else None
+    values = scales.float() + delta.float()
+    tuned, untuned = (round_scales(rounded, scales, *dtypes) for rounded in (values, scales.float()))
     return LayerChange(
         name,
         delta.numel(),
         absolute,
         relative=_rms(delta / scales.float()),
         stored=float((tuned != untuned).double().mean()),
+        clamped=int(newly_clamped(values, scales, *dtypes).sum()),
     )
 
 

@@ -16,7 +16,7 @@ from .int8.operators import (
 )
 from .packed.autograd import linear, lora_linear
 from .packed.operators import PackedWeight, dequantize
-from .rounding import random_key, round_scales, round_scales_straight_through
+from .rounding import newly_clamped, random_key, round_scales, round_scales_straight_through
 
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "linear",
     "lion_step",
     "lora_linear",
+    "newly_clamped",
     "random_key",
     "random_residual",
     "refresh_weight",

@@ -86,6 +86,19 @@ def round_scales(
     return (scales * signs).clamp(smallest, info.max).mul(signs).to(storage)
 
 
+def newly_clamped(
+    scales: torch.Tensor, base: torch.Tensor, storage: torch.dtype, serving: torch.dtype | None = None
+) -> torch.Tensor:
+    """Where [`round_scales`], of the same arguments, gives the smallest or largest value of the dtype, a bool tensor.
+
+    Scales that begin at these values do not count.
+    """
+    info = torch.finfo(storage)
+    smallest = info.tiny * info.eps
+    tuned, untuned = (round_scales(values.float(), base, storage, serving).abs() for values in (scales, base))
+    return ((tuned <= smallest) | (tuned >= info.max)) & (untuned > smallest) & (untuned < info.max)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scales, base, storage, serving):

@@ -108,6 +108,12 @@ class QuantizedLion(torch.optim.Optimizer):
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         return int(torch.stack([count.to(counts[0].device) for count in counts]).max()) if counts else 0
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether any gradient so far was not zero."""
+        name = "momentum_scales" if self.state_bits == 8 else "momentum"
+        return any(bool(state[name].any()) for state in self.state.values())
+
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Make the next step scale all gradients so that their total norm is at most `max_norm`.
 

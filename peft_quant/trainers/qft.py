@@ -26,7 +26,8 @@ from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
 from ..files import replaced_files, require_space
-from ..first_step import Int8Snapshot
+from ..first_step import Int8Snapshot, StepsWithoutGradient
+from ..optimizer_steps import SkippedSteps
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
 from ..qft.lion import QuantizedLion
@@ -315,7 +316,7 @@ class QFTTrainer(QFTTrainerMixin, Trainer):
     Before the first step, the memory by kind of tensor is logged and stored in `memory_report`, a checkpoint of the
     first rows of every tensor is written and removed, and one of full shapes is loaded without values. After the first
     step, the trained parameters must have moved. A step with gradients that are not finite is skipped; the logs count
-    these as `skipped_steps`.
+    these as `skipped_steps`, and ten in a row end training.
 
     Args:
         model: a model with int8 weights, from [`convert_to_int8`] or an int8 checkpoint.
@@ -325,7 +326,8 @@ class QFTTrainer(QFTTrainerMixin, Trainer):
     Raises:
         TypeError: `args` has the wrong type.
         ValueError: the model has no int8 weights, an optimizer was passed, or there are several GPUs or processes.
-        TrainingError (from `train`): after the first step, nothing had moved, or a frozen parameter had.
+        TrainingError (from `train`): after the first step, nothing had moved, or a frozen parameter had; or ten
+            steps in a row were skipped.
 
     Example:
         ```py
@@ -345,10 +347,12 @@ class _TrainerHooks(TrainerCallback):
         self.trainer = trainer
         self.proven = False
         self.snapshot: Int8Snapshot | None = None
-        self.skipped = 0
+        self.without_gradient = StepsWithoutGradient()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._begin()
+        self.skipped = SkippedSteps()
+        self.skipped_before = self.trainer._optimizer().skipped_steps
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.proven:
@@ -357,10 +361,13 @@ class _TrainerHooks(TrainerCallback):
         rates = {id(p): float(group["lr"]) for group in lion.param_groups for p in group["params"]}
         if max(rates.values(), default=0) > 0:
             self.snapshot = Int8Snapshot(self.trainer.model, rates, stochastic=lion.rounding == "stochastic")
-            self.skipped = lion.skipped_steps
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.snapshot is None or self.trainer._optimizer().skipped_steps > self.skipped:
+        lion = self.trainer._optimizer()
+        before, self.skipped_before = self.skipped_before, lion.skipped_steps
+        skipped = self.skipped_before > before
+        self.skipped.count(skipped)
+        if self.snapshot is None or skipped or self.without_gradient.wait(not lion.has_momentum):
             return
         snapshot, self.snapshot, self.proven = self.snapshot, None, True
         snapshot.check()

@@ -45,7 +45,13 @@ def hotswap_adapter(
     if isinstance(new, PEQAConfig):
         _hotswap_peqa(model, new, model_name_or_path, adapter_name, torch_device or infer_device(), **kwargs)
     else:
+        _check_values(model_name_or_path, load_peft_weights(model_name_or_path, device="cpu", **kwargs))
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
+
+
+def _check_values(path: str, weights: dict[str, torch.Tensor]) -> None:
+    for key, weight in weights.items():
+        check_finite(f"{path}: {key}", weight)
 
 
 def _require_replaceable(new: PeftConfig, path: str) -> None:
@@ -106,8 +112,7 @@ def _hotswap_peqa(
             f"{cannot_replace}: they differ in {len(difference)} tensors, first {difference[0]}. Load it with "
             "`load_adapter` instead."
         )
-    for key, weight in weights.items():
-        check_finite(f"{path}: {key}", weight)
+    _check_values(path, weights)
     model.base_model.require_base(adapter_name, new.base_quantization, new.base_model_name_or_path)
     with torch.no_grad():
         for key, delta in deltas.items():

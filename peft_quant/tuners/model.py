@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import gptq
-from ..first_step import prove_first_step
 from ..gptq.base_record import Layers, describe_base, digests, require_base
 from ..gptq.dtypes import Apply, activation_dtype, warn_of_cast_scales, without_cast
 from ..gptq.fingerprint import fingerprint
@@ -23,6 +22,7 @@ from ..gptq.loading import require_readable
 from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
+from ..optimizer_steps import StepMonitor, skipped_steps, watch_steps
 from ..registry import ask_for_weight
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
@@ -198,7 +198,16 @@ class PackedTuner(BaseTuner):
         self.peft_config[adapter_name] = shared_config(given, config, given_targets, self._formats)
         keep_checkpoint_format(model)
         if not config.inference_mode:
-            prove_first_step(model, self.linear_class)
+            watch_steps(model, AdaptedLinear, self._monitor())
+
+    def _monitor(self) -> StepMonitor | None:
+        """What looks at the adapters between optimizer steps."""
+        return None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of optimizer steps on the model's adapters that were skipped because gradients were not finite."""
+        return skipped_steps(self)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast an adapter to fp32, or without autocasting to the dtype of the model (of its scales if it has none)."""

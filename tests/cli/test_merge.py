@@ -3,6 +3,7 @@
 import pytest
 from gptq_models import load, save_tiny_llama
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_quant import LRECConfig, PEQAConfig, merge_checkpoint
 
@@ -67,6 +68,12 @@ class TestErrors:
         config = LRECConfig(task_type="CAUSAL_LM", r=2)
         get_peft_model(load(models / "base"), config).save_pretrained(tmp_path / "lrec")
         refused(models / "base", tmp_path / "lrec", "Only PEQA adapters merge")
+
+    def test_clamped_scales(self, refused, run, models, adapter, tmp_path):
+        file = adapter / "adapter_model.safetensors"
+        save_file({name: tensor - 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        refused(models / "base", adapter, "--allow-clamped-scales")
+        assert run("merge", models / "base", adapter, tmp_path / "out", "--allow-clamped-scales").code == 0
 
     def test_no_room(self, refused, models, adapter, monkeypatch):
         usage = type("Usage", (), {"free": 10})

@@ -10,7 +10,7 @@ from gptq_models import load, save_tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_quant import InvalidCheckpointError, PEQAConfig, merge_checkpoint
+from peft_quant import InvalidCheckpointError, PEQAConfig, inspect_adapter, merge_checkpoint
 
 
 def tune(base, directory, bits=4, **options):
@@ -151,6 +151,22 @@ class TestBadInput:
         save_file(state, adapter / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=r"_proj\.peqa_scales holds 1 NaN or infinite values"):
             merge_checkpoint(checkpoint, adapter, tmp_path / "out")
+
+    @pytest.mark.parametrize("serving_dtype", (None, "bfloat16"))
+    def test_clamped_scales_unless_allowed(self, checkpoint, tmp_path, serving_dtype):
+        model = tune(checkpoint, tmp_path / "adapter", init_weights=True, serving_dtype=serving_dtype)
+        layer = model.base_model.model.model.layers[1].mlp.up_proj
+        with torch.no_grad():
+            layer.peqa_scales["default"].view(-1)[::3] = -1.0
+        model.save_pretrained(tmp_path / "adapter")
+        message = r"^64 of 1,920 scales \(3.3%\) have .* 33% of those of model\.layers\.1\.mlp\.up_proj: .* allow_cl"
+        with pytest.raises(ValueError, match=message):
+            merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "out")
+        merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged", allow_clamped_scales=True)
+        merged = tensors(tmp_path / "merged")["model.layers.1.mlp.up_proj.scales"]
+        assert (merged.view(-1)[::3] == 2.0**-24).all()
+        notes = inspect_adapter(tmp_path / "adapter", checkpoint).notes
+        assert any("64 scales in 1 layers have reached the smallest or largest value" in note for note in notes)
 
     def test_an_adapter_of_another_method(self, checkpoint, tmp_path):
         lora = get_peft_model(load(checkpoint), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))

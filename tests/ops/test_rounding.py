@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_quant.ops import reference, round_scales, round_scales_straight_through
+from peft_quant.ops import newly_clamped, reference, round_scales, round_scales_straight_through
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,3 +62,23 @@ def test_the_gradient_passes_straight_through():
     round_scales_straight_through(scales, base, torch.float16).backward(torch.tensor([2.0, 3.0, 4.0]))
     assert scales.grad.tolist() == [2.0, 3.0, 4.0]
     assert base.grad is None
+
+
+@pytest.mark.parametrize("serving", (None, torch.bfloat16))
+@pytest.mark.parametrize("sign", (1, -1))
+@pytest.mark.parametrize("storage", DTYPES)
+def test_scales_that_are_clamped(storage, sign, serving):
+    info = torch.finfo(storage)
+    smallest, largest = info.tiny * info.eps, info.max
+    rows = [
+        # base, tuned, clamped
+        (0.01, 0.02, False),
+        (0.01, 1e-4, False),
+        (0.01, 0.0, True),
+        (0.01, -3.0, True),
+        (0.01, float("inf"), True),
+        (smallest, -1.0, False),
+        (largest, float("inf"), False),
+    ]
+    base, tuned, clamped = (torch.tensor(column) for column in zip(*rows))
+    assert torch.equal(newly_clamped(tuned * sign, (base * sign).to(storage), storage, serving), clamped)

@@ -154,6 +154,40 @@ class TestTraining:
         run.train()
         assert logged(run, "skipped_steps") == [0, 1, 1, 1]
 
+    @pytest.mark.parametrize("settings", ({}, FUSED, {"gradient_accumulation_steps": 2}), ids=str)
+    def test_nan_ten_times_in_a_row_ends_it(self, tmp_path, settings, caplog):
+        class Broken(QFTTrainer):
+            def compute_loss(self, *args, **kwargs):
+                loss = super().compute_loss(*args, **kwargs)
+                if self.state.global_step == 1:
+                    self.before = contents(self.model)
+                return loss * float("nan") if self.state.global_step not in (0, 5) else loss * 0.0
+
+        run = trainer(tmp_path, trainer_class=Broken, max_steps=20, weight_decay=0.0, **settings)
+        with pytest.raises(TrainingError, match="the last 10 optimizer steps, up to step 16 "):
+            run.train()
+        assert logged(run, "skipped_steps")[-1] == 13
+        assert "optimizer step 2 of this run were not finite, so it was skipped; 1 so far" in caplog.text
+
+    @pytest.mark.parametrize("settings", ({}, FUSED, {"gradient_accumulation_steps": 2}, {"state_bits": 32}), ids=str)
+    def test_a_first_batch_without_labels_is_no_failure(self, tmp_path, settings):
+        class Unlabelled(QFTTrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                if self.state.global_step == 0:
+                    inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        run = trainer(tmp_path, trainer_class=Unlabelled, max_steps=3, **settings)
+        with pytest.warns(UserWarning, match="every label of its batch is -100"):
+            run.train()
+        assert run._lion.has_momentum
+        assert logged(run, "skipped_steps") == [0, 0, 0]
+
+    def test_no_labels_at_all_is_one(self, tmp_path):
+        data = sequences().map(lambda row: {"labels": [-100] * len(row["labels"])})
+        with pytest.raises(TrainingError, match="every label is -100"), pytest.warns(UserWarning, match="were zero"):
+            trainer(tmp_path, trainer_options={"train_dataset": data}, max_steps=20).train()
+
     def test_training_twice_goes_on(self, tmp_path):
         run = trainer(tmp_path)
         run.train()

@@ -12,7 +12,7 @@ from gptq_models import load, save_tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_quant import LRECConfig, PEQAConfig, hotswap_adapter, inspect_adapter, merge_checkpoint
+from peft_quant import LRECConfig, PEQAConfig, export_lora, hotswap_adapter, inspect_adapter, merge_checkpoint
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -209,15 +209,29 @@ class TestWhatItHolds:
                 merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
 
     @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-    def test_values_that_are_not_finite(self, base, adapter, value):
+    def test_values_that_are_not_finite(self, method, base, adapter, tmp_path, value):
         def spoil(tensors):
             name = sorted(tensors)[-1]
             tensors[name].view(-1)[0] = value
             return {name: tensors[name]}
 
+        live = PeftModel.from_pretrained(load(base), adapter)
         change(adapter, spoil, "adapter_model.safetensors")
-        with pytest.raises(ValueError, match="holds 1 NaN or infinite values"):
-            PeftModel.from_pretrained(load(base), adapter)
+        uses = {
+            "loading": lambda: PeftModel.from_pretrained(load(base), adapter),
+            "a second one": lambda: live.load_adapter(adapter, "second"),
+            "in transformers": lambda: load(base).load_adapter(str(adapter)),
+            "swapping": lambda: hotswap_adapter(live, str(adapter), "default"),
+            "inspecting": lambda: inspect_adapter(adapter),
+        }
+        if method == "peqa":
+            uses["merging"] = lambda: merge_checkpoint(base, adapter, tmp_path / "out")
+        else:
+            uses["exporting"] = lambda: export_lora(adapter, tmp_path / "out")
+        for use in uses.values():
+            with pytest.raises(ValueError, match="holds 1 NaN or infinite values"):
+                use()
+        assert not (tmp_path / "out").exists()
 
 
 class TestMergingOnFiles:

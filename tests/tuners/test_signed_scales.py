@@ -103,7 +103,7 @@ def test_trained_and_merged_it_is_the_same_model_and_no_scale_crossed_zero(signe
         if isinstance(layer, PEQALinear)
     ]
     assert set(would_cross) == {rate == 0.1}
-    merge_checkpoint(signed, tmp_path / "adapter", tmp_path / "merged")
+    merge_checkpoint(signed, tmp_path / "adapter", tmp_path / "merged", allow_clamped_scales=rate == 0.1)
     model.merge_and_unload().save_pretrained(tmp_path / "in_memory")
     before, on_files, in_memory = (
         load_file(directory / "model.safetensors")

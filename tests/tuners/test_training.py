@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from gptq_models import load
+from gptq_models import load, save_tiny_llama
 from peft import PeftModel, get_peft_model
 from quick_training import SETTINGS, logged, sequences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_quant import TrainingError
+from peft_quant.trainers.report.facts import summary
 
 
 @pytest.fixture
@@ -136,6 +137,72 @@ def test_gradients_that_do_not_arrive_are_noticed_at_the_first_step(peft_model, 
     with pytest.raises(TrainingError, match="none of the 14 adapter tensors has moved"):
         run.train()
     assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize("accumulation", (1, 2))
+def test_a_batch_with_nan_is_skipped(peft_model, trainer, values, accumulation, monkeypatch):
+    def training_step(run, *args, **kwargs):
+        loss = stock(run, *args, **kwargs)
+        if run.state.global_step == 1:
+            for parameter in run.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+        return loss
+
+    class After(TrainerCallback):
+        states = []
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            self.states.append(values(model))
+
+    stock = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    run = trainer(peft_model, steps=3, gradient_accumulation_steps=accumulation, lr_scheduler_type="linear")
+    run.add_callback(After())
+    run.train()
+    first, second, third = After.states[-3:]
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert not any(torch.equal(third[name], tensor) for name, tensor in second.items())
+    assert peft_model.skipped_steps == 1
+    assert summary(run.args, run.state, peft_model)["Skipped steps"] == "1"
+    assert run.lr_scheduler.last_epoch == 3
+
+
+def test_activations_beyond_fp16(checkpoint, adapted, trainer, values, caplog):
+    model = load(checkpoint, dtype=torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(60000)
+    model = adapted(model)
+    before = values(model)
+    with pytest.raises(TrainingError, match=r"the last 10 optimizer steps, .* \(train in bf16\)"):
+        trainer(model, steps=20).train()
+    assert "activations beyond 65504" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(model).items())
+
+
+@pytest.mark.parametrize("everywhere", (False, True))
+def test_groups_of_zeros(tmp_path, adapted, trainer, values, everywhere):
+    def clear(tensors):
+        for name in list(tensors):
+            if name.endswith(".qweight") and (everywhere or "q_proj" in name):
+                tensors[name].fill_(-0x77777778)  # the code 8 eight times, the zero point
+        return tensors
+
+    base = save_tiny_llama(tmp_path / "base")
+    save_file(clear(load_file(base / "model.safetensors")), base / "model.safetensors", {"format": "pt"})
+    model = adapted(load(base))
+    run = trainer(model, steps=12)
+    if everywhere:
+        with (
+            pytest.raises(TrainingError, match="or every weight is zero"),
+            pytest.warns(match="gradients .* were zero"),
+        ):
+            run.train()
+    else:
+        run.train()
+        moved = {name for name, tensor in values(model).items() if tensor.any()}
+        assert any("v_proj" in name for name in moved)
+        assert all(tensor.isfinite().all() for tensor in values(model).values())
 
 
 def test_warmup_from_zero(peft_model, trainer, values):

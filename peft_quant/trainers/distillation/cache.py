@@ -123,8 +123,8 @@ def cache_teacher(
         The path of `directory`.
 
     Raises:
-        ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; or an
-            argument is out of range.
+        ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; an
+            argument is out of range; or the teacher gives NaN or infinite logits, which are not written.
         TypeError: `data` can be read only once.
     """
     source = ModelTeacher(teacher)
@@ -205,7 +205,15 @@ def _fill(teacher: ModelTeacher, data: Iterable[Mapping[str, Any]], shards: _Sha
         logits: Any = teacher(inputs).distribution
         for row, (digest, mask) in samples.items():
             if digest not in shards:
-                shards.add(digest, top_k(logits[row, mask.to(logits.device)][:-1], k, temperature))
+                sample = top_k(logits[row, mask.to(logits.device)][:-1], k, temperature)
+                if TeacherOutput(sample, None).has_nan():
+                    ids = inputs["input_ids"][row].cpu()[mask]
+                    raise ValueError(
+                        f"The teacher gives NaN or infinite logits for a sample of {len(ids)} tokens that begins with "
+                        f"{ids[:8].tolist()}, and a cache of them would spoil the student. If the teacher is in fp16, "
+                        "load it in bf16 or fp32; else leave the sample out."
+                    )
+                shards.add(digest, sample)
         if shards.unwritten_bytes >= _SHARD_BYTES:
             shards.write()
     if shards.unwritten:

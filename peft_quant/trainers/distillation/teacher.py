@@ -29,6 +29,11 @@ class TeacherOutput:
     distribution: torch.Tensor | TopK
     hidden: torch.Tensor | None
 
+    def has_nan(self) -> bool:
+        """Whether a probability is undefined: its logit is NaN or `inf`. It is zero where the logit is `-inf`."""
+        scores = self.distribution.log_probs if isinstance(self.distribution, TopK) else self.distribution
+        return not bool((scores < torch.inf).all())
+
 
 class ModelTeacher:
     """A frozen float model. Weights that accelerate offloads are streamed.

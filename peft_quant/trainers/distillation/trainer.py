@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...docstrings import help_from_docstring
+from ...optimizer_steps import skipped_steps
 from ...tuners.lrec.layer import LRECLinear
 from .cache import CachedTeacher, data_fingerprint
 from .loss import IGNORED, distillation_loss
@@ -82,7 +84,8 @@ class DistillationTrainer(Trainer):
 
     Each term is a mean per predicted token. A token is predicted if its label is not -100 and `attention_mask`
     excludes neither it nor the token before. Training logs and evaluation metrics have `kl`, `ce` and, if used,
-    `hidden` in addition to the loss; evaluation averages over all tokens, not over batches.
+    `hidden` in addition to the loss; evaluation averages over all tokens, not over batches. Training logs also count
+    `skipped_steps`, whose gradients were not finite.
 
     The student's logits are overwritten with their gradient in chunks, so that only one such tensor exists.
 
@@ -115,6 +118,7 @@ class DistillationTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     args: DistillationTrainingArguments
+    model: Any
 
     def __init__(
         self,
@@ -151,10 +155,12 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count tokens over all accumulation steps
         self._terms = _TERMS[self.teacher is None : 3 if args.hidden_weight else 2]
         self._reset_logs()
+        self._batches: deque[dict[str, Any]] = deque(maxlen=args.gradient_accumulation_steps)  # of the current step
         self._evaluated = self._zero_sums()
         if self.teacher is not None:
             logger.info(str(self.teacher))
             self.teacher.to(self.args.device)
+            self.add_callback(_TeacherCheck(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._reset_logs()
@@ -199,6 +205,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._trained += values * scale
             self._steps.add(self.state.global_step)
+            self._batches.append(inputs)
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -224,6 +231,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self._steps:
             means = self.accelerator.gather(self._trained[None]).mean(0) / len(self._steps)
             logs.update(zip(self._terms, means.tolist()))
+            logs["skipped_steps"] = skipped_steps(self.model)
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
@@ -237,6 +245,29 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         targets = [next_tokens(batch) for batch in batch_samples]
         return super()._get_num_items_in_batch([{"labels": t, "shift_labels": t} for t in targets], device)
+
+
+class _TeacherCheck(TrainerCallback):
+    """Names the teacher where its output is the reason that a step was skipped."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.skipped = skipped_steps(self.trainer.model)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        before, self.skipped = self.skipped, skipped_steps(self.trainer.model)
+        if self.skipped == before:
+            return
+        teacher: Any = self.trainer.teacher
+        # every batch in every process, as processes may share the teacher's weights
+        found = [teacher(batch).has_nan() for batch in self.trainer._batches]
+        if any(found):
+            logger.warning(
+                "The output of the teacher is not finite for a batch of the step that was skipped: use it in bf16 or "
+                "fp32 if it is in fp16, and make its cache again if it has one."
+            )
 
 
 def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:

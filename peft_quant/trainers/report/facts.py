@@ -19,6 +19,7 @@ from ...estimate.report import MemoryRow, dtype_name
 from ...export.card import public_name
 from ...first_step import sample
 from ...inspection import layer_changes
+from ...optimizer_steps import skipped_steps
 from ...qft.weight import Int8Weight
 from ...tuners.layer import AdaptedLinear
 from .page import Changes, format_bytes
@@ -73,7 +74,7 @@ def summary(args: TrainingArguments, state: TrainerState, model: Any) -> dict[st
         "Tokens": f"{tokens:,}" if tokens else None,
         "Learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "Seed": str(args.seed),
-        "Skipped steps": last.get("skipped_steps"),
+        "Skipped steps": last.get("skipped_steps") or skipped_steps(model),
         "Device": torch.cuda.get_device_name() if torch.cuda.is_available() and args.device.type == "cuda" else "CPU",
     }
     return {name: str(fact) for name, fact in facts.items() if fact}

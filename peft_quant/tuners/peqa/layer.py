@@ -73,14 +73,12 @@ class PEQALayer(AdaptedLinear):
         """Scales with the given adapters applied: fp32, values that the checkpoint can store, differentiable."""
         delta = reduce(add, (self.peqa_scales[name].float() for name in adapter_names))
         base = self.base_scales.float()
-        dtypes = self.packed.scale_dtype, self._serving_dtype(adapter_names)
-        return round_scales_straight_through(base + delta, base, *dtypes)
+        return round_scales_straight_through(base + delta, base, *self.scale_dtypes(adapter_names))
 
-    def _serving_dtype(self, adapter_names: list[str]) -> torch.dtype | None:
-        for name in adapter_names:
-            if self.serving_dtype[name] is not None:
-                return self.serving_dtype[name]
-        return None
+    def scale_dtypes(self, adapter_names: list[str]) -> tuple[torch.dtype, torch.dtype | None]:
+        """The dtype that scales are stored in, and the one that the given adapters are served in, if it is known."""
+        serving = (self.serving_dtype[name] for name in adapter_names if self.serving_dtype[name] is not None)
+        return self.packed.scale_dtype, next(serving, None)
 
     def known_adapters(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.peqa_scales]

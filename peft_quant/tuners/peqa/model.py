@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..model import PackedTuner
+from .clamped import ClampedScales, count_clamped, describe_clamped
 from .layer import PEQALayer, PEQALinear
 
 
@@ -53,8 +55,15 @@ class PEQAModel(PackedTuner):
     def _check_merge_allowed(self) -> None:
         """Check all layers before merging the first, so that a damaged adapter leaves none of them merged."""
         super()._check_merge_allowed()
-        for name, layer in self._adapted_layers().items():
+        layers = self._adapted_layers()
+        for name, layer in layers.items():
             layer.check_finite(layer.active_adapters, name)
+        clamped = describe_clamped(count_clamped(layers))
+        if clamped:
+            warnings.warn(f"Merging an adapter of which {clamped}.", stacklevel=4)
+
+    def _monitor(self) -> ClampedScales:
+        return ClampedScales(self._adapted_layers())
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)

@@ -50,6 +50,35 @@ def cache(tmp_path, small_shards):
     return cache_teacher(float_llama(), samples(), tmp_path / "cache", k=8)
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_logits_that_are_not_finite_are_not_cached(tmp_path, small_shards, value):
+    def spoil(module, args, kwargs, output):
+        if kwargs["input_ids"].shape[1] == 7:
+            output.logits[0, 3, 5] = value
+
+    teacher, rows = float_llama(), samples()
+    handle = teacher.register_forward_hook(spoil, with_kwargs=True)
+    message = rf"NaN or infinite logits for a sample of 7 tokens that begins with \[{rows[4]['input_ids'][0]}, "
+    with pytest.raises(ValueError, match=message):
+        cache_teacher(teacher, rows, tmp_path / "cache", k=8)
+    written = entries(tmp_path / "cache")
+    assert written
+    handle.remove()
+    cache_teacher(teacher, rows, tmp_path / "cache", k=8)
+    assert written.items() <= entries(tmp_path / "cache").items()
+    assert len(CachedTeacher(tmp_path / "cache").manifest["shards"]) > len(written)
+
+
+def test_tokens_without_probability_are_cached(tmp_path):
+    def forbid(module, args, output):
+        output.logits[..., 5] = -torch.inf
+
+    teacher = float_llama()
+    teacher.register_forward_hook(forbid)
+    cache_teacher(teacher, samples(), tmp_path / "cache", k=128)
+    assert not CachedTeacher(tmp_path / "cache")(batch(samples())).has_nan()
+
+
 class InterruptionError(Exception):
     pass
 

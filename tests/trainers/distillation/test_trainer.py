@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_quant import DistillationTrainer, DistillationTrainingArguments, LRECConfig, PEQAConfig, cache_teacher
+from peft_quant.trainers.distillation.teacher import TeacherOutput
 
 
 def texts(lengths=(16,) * 16, seed=0):
@@ -573,3 +574,51 @@ class TestBadInput:
         run.data_collator = lambda samples: {"input_ids": torch.tensor([s["input_ids"] for s in samples])}
         with pytest.raises(ValueError, match=r"The batch has \['input_ids'\] and no `labels`"):
             run.train()
+
+
+@pytest.mark.parametrize("cached", (False, True))
+@pytest.mark.parametrize("accumulation", (1, 2))
+def test_a_teacher_that_gives_nan_is_named(two_bits, tmp_path, monkeypatch, caplog, cached, accumulation):
+    teacher = float_llama()
+    if cached:
+        monkeypatch.setattr(TeacherOutput, "has_nan", lambda self: False)
+    teacher.register_forward_hook(spoil_large_tokens, with_kwargs=True)
+    given = cache_teacher(teacher, texts(), tmp_path / "cache") if cached else teacher
+    monkeypatch.undo()
+    model = adapted(two_bits)
+    run = trainer(model, tmp_path / "run", given, 4, evaluation=texts(), gradient_accumulation_steps=accumulation)
+    run.train()
+    skipped = logged(run, "skipped_steps")
+    assert 0 < skipped[-1] == model.skipped_steps < 4
+    assert caplog.text.count("The output of the teacher is not finite") == skipped[-1]
+    assert all(branch.isfinite().all() for branch in branches(model).values())
+    assert [math.isnan(kl) for kl in logged(run, "kl")] == [
+        after > before for before, after in zip([0, *skipped], skipped)
+    ]
+
+
+def spoil_large_tokens(module, args, kwargs, output):
+    output.logits[kwargs["input_ids"][:, 0] > 118] = torch.nan
+
+
+@pytest.mark.parametrize("teacher", (True, False))
+def test_a_student_that_gives_nan_is_no_fault_of_the_teacher(two_bits, tmp_path, caplog, teacher):
+    model = adapted(two_bits)
+    options = {} if teacher else {"kl_weight": 0.0, "ce_weight": 1.0}
+    run = trainer(model, tmp_path, float_llama() if teacher else None, steps=2, **options)
+    model.lm_head.register_forward_hook(lambda module, args, output: output * torch.nan)
+    run.train()
+    assert logged(run, "skipped_steps") == [1, 2]
+    assert "not finite, so it was skipped" in caplog.text
+    assert "The output of the teacher" not in caplog.text
+
+
+def test_batches_without_labels(two_bits, tmp_path):
+    rows = [{**row, "labels": [-100] * 16 if i < 4 else row["input_ids"]} for i, row in enumerate(texts())]
+    model = adapted(two_bits)
+    with pytest.warns(UserWarning, match="every label of its batch is -100"):
+        trainer(
+            model, tmp_path, float_llama(), 2, Dataset.from_list(rows), train_sampling_strategy="sequential"
+        ).train()
+    assert model.skipped_steps == 0
+    assert all(branch.any() for name, branch in branches(model).items())
