@@ -25,7 +25,8 @@ from ..estimate import estimate_qft
 from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
-from ..files import replaced_files, require_space
+from ..export.saving import replaced_checkpoint
+from ..files import require_space
 from ..first_step import Int8Snapshot
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
@@ -196,20 +197,18 @@ class QFTTrainerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        with replaced_files(directory, stale="model*.safetensors*") as unfinished:
+        with replaced_checkpoint(directory) as unfinished:
             super()._save(os.fspath(unfinished), state_dict)
-            with best_effort(directory):
-                self._write_card(unfinished, [Card.read(directory)])
+        with best_effort(directory):
+            self._write_card(directory, [Card.read(directory)])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         directory = Path(self.args.output_dir)
-        earlier = []
         with best_effort(directory):
-            earlier.append(Card.read(directory))
-        super().create_model_card(*args, **kwargs)
-        if (directory / "config.json").is_file():
-            with best_effort(directory):
-                self._write_card(directory, [*earlier, Card.read(directory)])
+            earlier = Card.read(directory)
+            super().create_model_card(*args, **kwargs)
+            if (directory / "config.json").is_file():
+                self._write_card(directory, [earlier, Card.read(directory)])
 
     def _write_card(self, directory: Path, earlier: list[Card]) -> None:
         names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
