@@ -1,9 +1,9 @@
 """Writing of whole files and directories: a process that is killed, or a full disk, leaves the old ones or the new.
 
-What is written lies in a temporary directory on the same disk, `.NAME.xxxxxxxx.partial`, until it is complete and synced.
-The next writer of the same name removes what killed processes left. To tell these from the directories of live ones,
-each is locked, and the system releases the locks of a process when it ends. Where there are no such locks, as on
-Windows, nothing is removed.
+What is written lies in a temporary directory on the same disk, `.NAME.xxxxxxxx.partial`, until it is complete and has
+reached the disk. The next writer of the same name removes what killed processes left. To tell these directories from
+those of live processes, each is locked, and the system releases a process's locks when it ends. Where there are no
+such locks, as on Windows, nothing is removed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the directory cannot be written, or there is no room left.
     """
     target = Path(path)
-    with _temporary_directory(target.parent, target.name, target) as directory:
+    with temporary_directory(target.parent, target.name, target) as directory:
         temporary = directory / target.name
         yield temporary
         _sync(temporary)
@@ -95,7 +95,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = refuse_existing(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_directory(target.parent, target.name, target, alone=True) as temporary:
+    with temporary_directory(target.parent, target.name, target, alone=True) as temporary:
         yield temporary
         _sync_all(temporary)
         if not _rename(temporary, target):
@@ -106,10 +106,10 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replaced_files(path: str | os.PathLike[str], key: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Fill a directory whose files appear once all of them are complete, in place of those of the same name.
 
-    Yields a temporary directory. If an error is raised while it is filled, all old files stay. If several files change,
-    `key` is removed before and appears after all others: a process that is killed between them leaves a directory that
-    nothing loads, rather than files of two saves, and the rest of the new ones in `.save.xxxxxxxx.partial` in it.
-    The same holds in each subdirectory.
+    Yields a temporary directory. If an error is raised while it is filled, all old files stay. If several files
+    change, `key` is removed before and appears after all others: a process that is killed between them leaves a
+    directory that nothing loads, rather than files of two saves, and the rest of the new files in
+    `.save.xxxxxxxx.partial` in it. The same holds in each subdirectory.
 
     Args:
         path: the directory, which need not exist.
@@ -130,12 +130,50 @@ def replaced_files(path: str | os.PathLike[str], key: str, stale: Sequence[str] 
     exists = target.is_dir()
     target.parent.mkdir(parents=True, exist_ok=True)
     place = (target, "save") if exists else (target.parent, target.name)  # `target` may be a disk of its own
-    with _temporary_directory(*place, target) as temporary:
+    with temporary_directory(*place, target) as temporary:
         yield temporary
         _sync_all(temporary)
         if exists or not _rename(temporary, target):
             with _locked(target, wait=True):
                 _move_files(temporary, target, key, stale)
+
+
+@contextmanager
+def temporary_directory(parent: Path, name: str, target: Path, *, alone: bool = False) -> Iterator[Path]:
+    """Context with a new directory `.NAME.xxxxxxxx.partial`, which is removed at the end if it is still there.
+
+    Args:
+        parent: where to create it.
+        name: its name.
+        target: what it is for, named in errors.
+        alone: whether no other process may have one of the same name.
+
+    Raises:
+        FileExistsError: another process has one.
+        OSError: `parent` cannot be written, or there is no room left.
+    """
+    if _remove_left_over(parent, name) and alone:
+        raise FileExistsError(f"{target} is being written by another process: choose another directory.")
+    with ExitStack() as locks:
+        directory = None
+        while directory is None or not directory.exists():  # before it was locked, another process may have removed it
+            try:
+                directory = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
+            except OSError as error:
+                message = f"{os.strerror(error.errno or 0)}: {target} cannot be written. Choose another directory"
+                raise OSError(error.errno, message, os.fspath(parent)) from error
+            locks.enter_context(_locked(directory, wait=True))
+        try:
+            yield directory
+        except Exception as error:
+            found = _OS_ERROR.search(str(error))
+            number = error.errno if isinstance(error, OSError) else found and int(found[1])
+            if number not in _NO_ROOM:
+                raise
+            message = f"{os.strerror(number)}: nothing was changed. Make room, or choose another directory"
+            raise OSError(number, message, os.fspath(target)) from error
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
@@ -190,38 +228,6 @@ def _rename(directory: Path, target: Path) -> bool:
         return False
     _sync(target.parent)
     return True
-
-
-@contextmanager
-def _temporary_directory(parent: Path, name: str, target: Path, *, alone: bool = False) -> Iterator[Path]:
-    """A locked directory `.NAME.xxxxxxxx.partial` for what will be `target`, removed at the end if it is still there.
-
-    Raises:
-        FileExistsError: `alone`, and another process is about to write `target`.
-        OSError: `parent` cannot be written, or there is no room left.
-    """
-    if _remove_left_over(parent, name) and alone:
-        raise FileExistsError(f"{target} is being written by another process: choose another directory.")
-    with ExitStack() as locks:
-        directory = None
-        while directory is None or not directory.exists():  # before it was locked, another process may have removed it
-            try:
-                directory = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
-            except OSError as error:
-                message = f"{os.strerror(error.errno or 0)}: {target} cannot be written. Choose another directory"
-                raise OSError(error.errno, message, os.fspath(parent)) from error
-            locks.enter_context(_locked(directory, wait=True))
-        try:
-            yield directory
-        except Exception as error:
-            found = _OS_ERROR.search(str(error))
-            number = error.errno if isinstance(error, OSError) else found and int(found[1])
-            if number not in _NO_ROOM:
-                raise
-            message = f"{os.strerror(number)}: nothing was changed. Make room, or choose another directory"
-            raise OSError(number, message, os.fspath(target)) from error
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_left_over(parent: Path, name: str) -> bool:

@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
 from ..export.saving import replaced_checkpoint
-from ..files import require_space
+from ..files import require_space, temporary_directory
 from ..first_step import Int8Snapshot
 from ..qft.checkpoint import layout_difference, loading_difference
 from ..qft.dry_run import first_rows_only, require_readable
@@ -280,20 +279,21 @@ class QFTTrainerMixin(_Base):
         way_out = "Make room, choose another output_dir, or set save_only_model=True, which saves no momentum"
         needed = _checkpoint_bytes(self.model, self.args)
         require_space(output, needed, "A checkpoint", way_out)
-        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
+        with temporary_directory(output, "dry-run", output) as directory:
+            place = os.fspath(directory)
             try:
                 with first_rows_only(self.model):
-                    super()._save(directory)
+                    super()._save(place)
                 if not self.args.save_only_model:
-                    self._save_optimizer_and_scheduler(directory)
-                    self._save_rng_state(directory)
-                self.state.save_to_json(os.fspath(Path(directory, _STATE)))
+                    self._save_optimizer_and_scheduler(place)
+                    self._save_rng_state(place)
+                self.state.save_to_json(os.fspath(directory / _STATE))
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
                 ) from error
             try:
-                require_readable(self.model, Path(directory))
+                require_readable(self.model, directory)
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be read back, tried before the first step: {error}. "
