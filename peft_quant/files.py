@@ -178,10 +178,10 @@ def temporary_directory(parent: Path, name: str, target: Path, *, alone: bool = 
 
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Context in which no other process is in this context with the same directory.
+    """Context that one process at a time can enter for a directory.
 
     Raises:
-        BlockingIOError: another process is.
+        BlockingIOError: another process is in it.
     """
     with _locked(directory, wait=False) as held:
         if held is False:
@@ -259,6 +259,8 @@ def _locked(directory: Path, *, wait: bool) -> Iterator[bool | None]:
         yield held
     finally:
         if descriptor is not None:
+            if held:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # or it would last as long as processes forked meanwhile
             os.close(descriptor)
 
 

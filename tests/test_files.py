@@ -2,12 +2,12 @@
 
 import errno
 import os
-import resource
 import tempfile
 from contextlib import contextmanager
 
 import pytest
 import torch
+from full_disk import limited_file_size
 from safetensors.torch import save_file
 
 from peft_quant.files import new_directory, new_file, only_writer, replaced_files
@@ -23,17 +23,6 @@ def write(directory, **files):
     directory.mkdir(exist_ok=True, parents=True)
     for name, text in files.items():
         (directory / name.replace("_", ".")).write_text(text)
-
-
-@contextmanager
-def limited_file_size(size):
-    """No file can be longer, which fails as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager
@@ -81,12 +70,10 @@ class TestNewDirectory:
             pass
 
     def test_the_first_of_two_writers_stays(self, tmp_path):
-        with pytest.raises(
-            FileExistsError, match="out was written by another process in the meantime: that one stays"
-        ):
-            with new_directory(tmp_path / "out") as directory:
-                (directory / "file").write_text("second")
-                write(tmp_path / "out", file="first")
+        message = "out was written by another process in the meantime: that one stays"
+        with pytest.raises(FileExistsError, match=message), new_directory(tmp_path / "out") as directory:
+            (directory / "file").write_text("second")
+            write(tmp_path / "out", file="first")
         assert contents(tmp_path) == {"out/file": "first"}
 
     def test_the_second_of_two_writers_is_refused_at_once(self, tmp_path):

@@ -1,6 +1,7 @@
 """Saves by PEFT and transformers that replace older ones as a whole; tests/integration/test_kills.py kills them."""
 
 import pytest
+from full_disk import limited_file_size
 from gptq_models import load
 from peft import PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
@@ -52,6 +53,15 @@ def test_one_format_replaces_the_other(model, tmp_path):
     assert "adapter_model.safetensors" not in names(tmp_path)
     weights = load_peft_weights(str(tmp_path), device="cpu")
     assert all((tensor == 2).all() for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("in_safetensors", (True, False))
+def test_a_full_disk_leaves_the_old_adapter(tuned, tmp_path, in_safetensors):
+    tuned.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with limited_file_size(5000), pytest.raises((OSError, RuntimeError)):  # by torch.save
+        tuned.save_pretrained(tmp_path, safe_serialization=in_safetensors)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("sizes", (("50kB", "1GB"), ("1GB", "50kB"), ("50kB", "30kB")))
