@@ -34,6 +34,7 @@ from peft import PeftConfig, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
 from qft_models import int8_llama, trainer
 from safetensors.torch import load_file
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_quant import (
@@ -361,6 +362,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    TqdmDefaultWriteLock.mp_lock = None  # is shared with forks: one that is killed would never release it
     random.seed(options.seed)
     chosen = [options.only] if options.only else [*WRITERS]
     outcomes = ("old", "new", "refused", "mixed")
