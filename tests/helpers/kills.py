@@ -278,6 +278,7 @@ def run_killed(save: Callable[[], Any], *, step: int | None = None, seconds: flo
     process = os.fork()
     if not process:
         try:
+            signal.alarm(60)  # ends it if a lock of a thread that the fork lacks is waited for
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             if step is not None:
                 _die_before(step)
