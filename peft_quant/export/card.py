@@ -225,8 +225,8 @@ def update_card(
         body = f"\n{part}\n"
     record = {"weights": weights, "facts": known, "metadata": generated}
     for name, content in (
-        (README, f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n{body}"),
         (FACTS, json.dumps(record, ensure_ascii=False, indent=2) + "\n"),
+        (README, f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n{body}"),
     ):
         with new_file(directory / name) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
@@ -291,8 +291,9 @@ class Card:
             record, found = readme, parse_json(generated["record"], str(readme), _MEND)
         if found is None:
             return cls(metadata, text)
-        wrong = _misfit(found, _RECORD) or ", ".join(f"{name} is missing" for name in _RECORD if name not in found)
-        if not wrong:
+        missing = [name for name in _RECORD if name not in found]
+        wrong = f"{missing[0]} is missing" if missing else _misfit(found, _RECORD)
+        if wrong is None:
             card = cls(metadata, text, found["weights"], found["facts"] or {}, found["metadata"] or {})
             wrong = _misfit(card.facts, _TYPES_OF_FACTS) or _misfit(card.generated, {"tags": [str]})
         if wrong:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ from ..qft.quantizer import QFTQuantizer
 from ..registry import wrap_method
 from ..tuners.model import PackedTuner
 from .card import FACTS, QFT, Card, best_effort, update_card
+from .saving import replaced_adapter, save_whole
 
 
 Stock = Callable[..., Any]
@@ -35,10 +37,11 @@ def _save_pretrained(stock: Stock, model: PeftModel, /, *args: Any, **kwargs: An
         return stock(model, *args, **kwargs)
     _due[model] = []
     try:
-        result = stock(model, *args, **kwargs)
+        result = save_whole(stock, replaced_adapter, model, *args, **kwargs)
     finally:
         due = _due.pop(model)
-    for directory in due:
+    if due:
+        directory = Path(signature(stock).bind(model, *args, **kwargs).arguments["save_directory"]).resolve()
         with best_effort(directory):
             elsewhere = [other for other in _written.get(model, {}) if other != directory and other.is_dir()]
             _write_card(model, directory, [Card.read(source) for source in (directory, *elsewhere[-1:])])

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import new_directory, new_file
+from ..reading import InvalidFileError, read_json
 from ..registry import replace_gptq_solver
 from .fingerprint import update_with_samples
 
@@ -60,7 +61,8 @@ class FinishedLayers:
     """A directory of finished layers: a safetensors file each, and `settings.json`, which identifies the quantization.
 
     A file holds codes as uint8, scales and zero points, about one byte per weight; where these do not reproduce the
-    weight bit for bit, it holds the weight itself. Files are written atomically; the first one creates the directory.
+    weight bit for bit, it holds the weight itself. Files are written atomically, each with a checksum; the first one
+    creates the directory.
 
     Args:
         directory: existing or new.
@@ -86,17 +88,20 @@ class FinishedLayers:
             )
 
     def load(self, name: str) -> Layer | None:
-        """Load a layer to the CPU; None if there is no complete file of it."""
+        """Load a layer to the CPU; None if there is no undamaged file of it."""
         file = self.directory / f"{name}{_LAYER}"
         if not file.exists():
             return None
         try:
             with safe_open(file, framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-                layout = json.loads(stored.metadata()["layout"])
+                metadata = stored.metadata() or {}
         except SafetensorError:
-            logger.warning("%s was not written to its end, and is ignored.", file)
+            metadata = {}
+        if not metadata or metadata.get("sha256") != _layer_digest(name, tensors, metadata.get("layout", "")):
+            logger.warning("%s is damaged: the layer is quantized again.", file)
             return None
+        layout = json.loads(metadata["layout"])
         weight = torch.empty_strided(layout["shape"], layout["stride"])
         rows = tensors.pop("weight", None)
         if rows is None:
@@ -120,28 +125,32 @@ class FinishedLayers:
         codes = (rows / layer.scale[:, layer.g_idx] + layer.zero[:, layer.g_idx]).round().clamp(0, 255).to(torch.uint8)
         same = _bits(_dequantize(codes, **groups)).equal(_bits(rows))
         tensors = {**groups, **({"codes": codes} if same else {"weight": rows})}
-        layout = {
-            "shape": list(layer.weight.shape),
-            "stride": list(layer.weight.stride()),
-            "transposed": transposed,
-            "mock": layer.mock,
-        }
-        file = self.directory / f"{name}{_LAYER}"
+        layout = json.dumps(
+            {
+                "shape": list(layer.weight.shape),
+                "stride": list(layer.weight.stride()),
+                "transposed": transposed,
+                "mock": layer.mock,
+            }
+        )
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        with new_file(file) as temporary:
-            save_file(tensors, temporary, {"layout": json.dumps(layout)})
+        with new_file(self.directory / f"{name}{_LAYER}") as temporary:
+            save_file(tensors, temporary, {"layout": layout, "sha256": _layer_digest(name, tensors, layout)})
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings of a directory of [`FinishedLayers`].
 
     Raises:
-        ValueError: it is not one.
+        InvalidFileError: it is not one, or its settings are damaged.
     """
-    try:
-        return json.loads((Path(directory) / _SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no layers of an interrupted quantization: remove it.") from error
+    file = Path(directory) / _SETTINGS
+    if not file.is_file():
+        raise InvalidFileError(f"{directory} holds no layers of an interrupted quantization: remove it.")
+    settings = read_json(file)
+    if not isinstance(settings.get("layers"), int):
+        raise InvalidFileError(f"{file} does not say how many layers there are: remove {directory}.")
+    return settings
 
 
 def state_beside(out: Path) -> Path:
@@ -153,7 +162,7 @@ def count_finished(directory: str | os.PathLike[str]) -> tuple[int, int]:
     """Count the layers in a directory of [`FinishedLayers`], and those of the model.
 
     Raises:
-        ValueError: it is not one.
+        InvalidFileError: as [`read_settings`].
     """
     total = read_settings(directory)["layers"]
     return len(list(Path(directory).glob(f"*{_LAYER}"))), total
@@ -244,6 +253,15 @@ def _model_digest(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         update_with_samples(digest, tensor)
     return digest.hexdigest()[:32]
+
+
+def _layer_digest(name: str, tensors: dict[str, torch.Tensor], layout: str) -> str:
+    digest = hashlib.sha256(json.dumps([name, layout]).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bits(tensor).numpy().data)
+    return digest.hexdigest()
 
 
 def _as_rows(weight: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,8 @@ from ..estimate import estimate_qft
 from ..estimate.report import MemoryReport
 from ..export.card import QFT, Card, best_effort, update_card
 from ..export.int8 import LogitError, export_qft
-from ..files import replaced_files, require_space
+from ..export.saving import replaced_checkpoint
+from ..files import require_space, temporary_directory
 from ..first_step import Int8Snapshot, StepsWithoutGradient
 from ..optimizer_steps import SkippedSteps
 from ..qft.checkpoint import layout_difference, loading_difference
@@ -197,20 +197,18 @@ class QFTTrainerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        with replaced_files(directory, stale="model*.safetensors*") as unfinished:
+        with replaced_checkpoint(directory) as unfinished:
             super()._save(os.fspath(unfinished), state_dict)
-            with best_effort(directory):
-                self._write_card(unfinished, [Card.read(directory)])
+        with best_effort(directory):
+            self._write_card(directory, [Card.read(directory)])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         directory = Path(self.args.output_dir)
-        earlier = []
         with best_effort(directory):
-            earlier.append(Card.read(directory))
-        super().create_model_card(*args, **kwargs)
-        if (directory / "config.json").is_file():
-            with best_effort(directory):
-                self._write_card(directory, [*earlier, Card.read(directory)])
+            earlier = Card.read(directory)
+            super().create_model_card(*args, **kwargs)
+            if (directory / "config.json").is_file():
+                self._write_card(directory, [earlier, Card.read(directory)])
 
     def _write_card(self, directory: Path, earlier: list[Card]) -> None:
         names = ("rounding", "fused", "state_bits", "refresh_steps", "weight_decay", "max_grad_norm")
@@ -282,20 +280,21 @@ class QFTTrainerMixin(_Base):
         way_out = "Make room, choose another output_dir, or set save_only_model=True, which saves no momentum"
         needed = _checkpoint_bytes(self.model, self.args)
         require_space(output, needed, "A checkpoint", way_out)
-        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output) as directory:
+        with temporary_directory(output, "dry-run", output) as directory:
+            place = os.fspath(directory)
             try:
                 with first_rows_only(self.model):
-                    super()._save(directory)
+                    super()._save(place)
                 if not self.args.save_only_model:
-                    self._save_optimizer_and_scheduler(directory)
-                    self._save_rng_state(directory)
-                self.state.save_to_json(os.fspath(Path(directory, _STATE)))
+                    self._save_optimizer_and_scheduler(place)
+                    self._save_rng_state(place)
+                self.state.save_to_json(os.fspath(directory / _STATE))
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be saved, tried before the first step: {error}"
                 ) from error
             try:
-                require_readable(self.model, Path(directory))
+                require_readable(self.model, directory)
             except Exception as error:
                 raise RuntimeError(
                     f"Checkpoints of this run cannot be read back, tried before the first step: {error}. "

@@ -1,6 +1,7 @@
 """`peft-quant merge`."""
 
 import pytest
+from full_disk import limited_file_size
 from gptq_models import load, save_tiny_llama
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,17 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(run, models, adapter, t
     merge_checkpoint(models / "base", adapter, tmp_path / "out")
     assert listed | {"README.md", "peft_quant_facts.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     assert "user/merged" in result.stdout
+
+
+def test_a_disk_that_is_full_in_the_middle(run, models, adapter, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with limited_file_size(50_000):
+        result = run("merge", models / "base", adapter, tmp_path / "out")
+    assert result.code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: [Errno 27] File too large: nothing was changed. Make room, or choose another")
+    assert error.endswith(f"directory: '{tmp_path / 'out'}'")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 class TestErrors:

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import peft_quant.gptq.checkpoint
-from peft_quant.files import new_directory
 from peft_quant.gptq import InvalidCheckpointError
 from peft_quant.gptq.checkpoint import Checkpoint, read_tensors
 from peft_quant.reading import InvalidFileError
@@ -87,26 +86,6 @@ def test_missing_files(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         Checkpoint.open(tmp_path)
-
-
-class TestNewDirectory:
-    def test_appears_once_complete(self, tmp_path):
-        with new_directory(tmp_path / "deep" / "out") as directory:
-            (directory / "file").write_text("whole")
-            assert not (tmp_path / "deep" / "out").exists()
-        assert (tmp_path / "deep" / "out" / "file").read_text() == "whole"
-        assert (tmp_path / "deep" / "out").stat().st_mode == (tmp_path / "deep").stat().st_mode
-
-    def test_leaves_nothing_behind_when_interrupted(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as directory:
-            (directory / "file").write_text("half")
-            raise KeyboardInterrupt
-        assert list(tmp_path.iterdir()) == []
-
-    def test_never_overwrites(self, tmp_path):
-        (tmp_path / "out").mkdir()
-        with pytest.raises(FileExistsError, match="out exists already"), new_directory(tmp_path / "out"):
-            pass
 
 
 class TestWhatIsRead:

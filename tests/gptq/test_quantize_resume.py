@@ -6,12 +6,14 @@ import logging
 import pytest
 import torch
 from gptq_models import float_llama, tiny_tokenizer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_quant.gptq import quantize_resume as finished_layers
 from peft_quant.gptq.quantize import quantize_checkpoint
 from peft_quant.gptq.quantize_resume import FinishedLayers, Layer, count_finished
+from peft_quant.reading import InvalidFileError
 
 
 gptqmodel = pytest.importorskip("gptqmodel")
@@ -164,7 +166,9 @@ def test_a_process_killed_in_the_middle_of_a_file(quantize, solver, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         quantize()
     monkeypatch.undo()
-    (tmp_path / "state" / ".model.layers.0.self_attn.o_proj.safetensors.partial").write_bytes(b"killed")
+    left = tmp_path / "state" / ".model.layers.0.self_attn.o_proj.safetensors.abcdefgh.partial"
+    left.mkdir()
+    (left / "model.layers.0.self_attn.o_proj.safetensors").write_bytes(b"killed")
     assert count_finished(tmp_path / "state") == (3, LAYERS)
     assert contents(quantize()) == contents(whole)
 
@@ -177,7 +181,50 @@ def test_a_damaged_file(quantize, solver, interrupted, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "peft_quant"):
         assert contents(quantize()) == contents(whole)
     assert solver.solved == LAYERS - 4
-    assert "k_proj.safetensors was not written to its end" in caplog.text
+    assert "k_proj.safetensors is damaged: the layer is quantized again" in caplog.text
+
+
+@pytest.fixture
+def one_layer(tmp_path):
+    """A directory with one layer, and that layer."""
+    finished = FinishedLayers(tmp_path / "state", {"layers": 1})
+    scale, zero = torch.rand(2, 2), torch.ones(2, 2)
+    g_idx = torch.arange(4, dtype=torch.int32) // 2
+    weight = scale[:, g_idx] * (torch.arange(8.0).view(2, 4) - zero[:, g_idx])
+    finished.save("layer", Layer(weight, scale, zero, g_idx, mock=False), transposed=False)
+    return finished, finished.load("layer")
+
+
+def test_any_damage_is_noticed(one_layer):
+    finished, layer = one_layer
+    file = finished.directory / "layer.safetensors"
+    content = file.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        found = finished.load("layer")
+        if found is not None:  # white space in the header
+            assert all(torch.equal(getattr(found, n), getattr(layer, n)) for n in ("weight", "scale", "zero", "g_idx"))
+            assert found.mock is layer.mock
+
+
+def test_a_file_of_another_layer_or_without_a_checksum(one_layer):
+    finished, layer = one_layer
+    file = finished.directory / "layer.safetensors"
+    file.rename(finished.directory / "other.safetensors")
+    assert finished.load("other") is None
+    save_file({"scale": layer.scale}, file, {"layout": "{}"})
+    assert finished.load("layer") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "{", "[" * 10_000, "{}", '{"layers": "2"}', "\xff"])
+def test_damaged_settings(one_layer, content):
+    directory = one_layer[0].directory
+    (directory / "settings.json").write_bytes(content.encode("latin-1"))
+    for read in (count_finished, lambda directory: FinishedLayers(directory, {"layers": 1})):
+        with pytest.raises(InvalidFileError, match="settings"):
+            read(directory)
 
 
 @pytest.mark.parametrize(

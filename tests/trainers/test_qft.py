@@ -316,6 +316,23 @@ class TestCheckpoints:
         assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
+    def test_a_readme_that_cannot_be_read_is_left_as_it_is(self, tmp_path):
+        run = trainer(tmp_path / "out", max_steps=1)
+        (tmp_path / "out" / "README.md").write_bytes(b"caf\xe9")
+        run.train()
+        with pytest.warns(UserWarning, match="model card in .* was left as it is"):
+            run.save_model()
+        with pytest.warns(UserWarning, match="model card in .* was left as it is"):
+            run.create_model_card()
+        assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), run.model)
+        assert (tmp_path / "out" / "README.md").read_bytes() == b"caf\xe9"
+
+    def test_what_a_killed_run_left_of_trying_is_removed(self, tmp_path):
+        left = tmp_path / ".dry-run.abcdefgh.partial"
+        left.mkdir()
+        trainer(tmp_path, max_steps=1).train()
+        assert not left.exists()
+
     def test_what_cannot_be_saved_is_noticed_before_the_first_step(self, tmp_path):
         class Broken:
             def save_pretrained(self, directory):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...files import new_file
+from ...files import new_file, only_writer
 from .loss import TopK, top_k
 from .teacher import ModelTeacher, TeacherOutput, tokenizer_fingerprint
 
@@ -126,6 +126,7 @@ def cache_teacher(
         ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; an
             argument is out of range; or the teacher gives NaN or infinite logits, which are not written.
         TypeError: `data` can be read only once.
+        BlockingIOError: another process is writing the cache.
     """
     source = ModelTeacher(teacher)
     vocab_size = teacher.config.get_text_config().vocab_size
@@ -140,30 +141,29 @@ def cache_teacher(
     if not lengths:
         raise ValueError("`data` has no sample of two tokens or more.")
     tokens = sum(lengths.values()) - len(lengths)
-    manifest = _resume(
-        directory,
-        {
-            "format": _FORMAT,
-            "teacher": source.fingerprint(),
-            "teacher_name": teacher.config._name_or_path,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "vocab_size": vocab_size,
-            "k": k,
-            "temperature": temperature,
-            "data": _set_digest(lengths),
-            "samples": len(lengths),
-            "tokens": tokens,
-            "shards": [],
-        },
-    )
+    manifest = {
+        "format": _FORMAT,
+        "teacher": source.fingerprint(),
+        "teacher_name": teacher.config._name_or_path,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocab_size,
+        "k": k,
+        "temperature": temperature,
+        "data": _set_digest(lengths),
+        "samples": len(lengths),
+        "tokens": tokens,
+        "shards": [],
+    }
     token_bytes = 2 * (k + 1) + k * _index_dtype(vocab_size).itemsize
     logger.info(
         f"{source}; its cache {directory}: {tokens * token_bytes / 1e6:.1f} MB on disk, "
         f"{4 * vocab_size / token_bytes:.0f} times less than the fp32 logits of {tokens} tokens"
     )
     directory.mkdir(parents=True, exist_ok=True)
-    _write_manifest(directory, manifest)
-    _fill(source, data, _Shards(directory, manifest))
+    with only_writer(directory):
+        manifest = _resume(directory, manifest)
+        _write_manifest(directory, manifest)
+        _fill(source, data, _Shards(directory, manifest))
     return directory
 
 
@@ -178,7 +178,7 @@ def _resume(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the directory holds other files, or a cache with other settings.
     """
-    if not directory.exists() or all(path.suffix == ".partial" for path in directory.iterdir()):
+    if all(path.suffix == ".partial" for path in directory.iterdir()):
         return manifest
     found = _read_manifest(directory)
     settings = manifest.keys() - {"teacher_name", "shards"}

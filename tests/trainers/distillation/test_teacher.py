@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from peft_quant import cache_teacher
+from peft_quant.files import only_writer
 from peft_quant.trainers.distillation import cache as module
 from peft_quant.trainers.distillation.cache import CachedTeacher, data_fingerprint
 from peft_quant.trainers.distillation.teacher import ModelTeacher
@@ -196,6 +197,13 @@ def test_a_file_that_was_being_written_is_not_taken_for_complete(tmp_path, monke
     assert len(entries(directory)) == 1
     cache_teacher(float_llama(), samples(), directory, k=8)
     assert all(row in CachedTeacher(directory) for row in samples())
+
+
+def test_one_process_at_a_time(cache, monkeypatch):
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    with only_writer(cache), pytest.raises(BlockingIOError, match="cache is being written by another process"):
+        cache_teacher(float_llama(), samples(), cache, k=8)
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
 
 
 def test_an_interruption_before_the_first_file(tmp_path, monkeypatch):
