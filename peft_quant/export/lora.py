@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 
 from ..files import new_directory
 from ..tuners.lrec.config import LRECConfig
+from ..tuners.saved import load_weights
 from .card import best_effort, update_card
 
 
@@ -41,6 +41,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
+        InvalidFileError: a file of the adapter is damaged.
         ValueError: it is not an LREC adapter, or the model has no adapter of that name.
     """
     if isinstance(adapter, PeftModel):
@@ -66,7 +67,7 @@ def _export(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
         )
     lora = written.to_lora() if isinstance(written, LRECConfig) else written
-    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    weights = load_weights(adapter, token=token)
     with new_directory(out) as directory:
         lora.save_pretrained(os.fspath(directory))
         save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft.utils.save_and_load import load_peft_weights
 
 from ..files import new_directory, refuse_existing, require_space
 from ..gptq.base_record import describe_checkpoint, require_base, stored_layers
@@ -21,7 +20,7 @@ from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 from ..reading import regular_files
 from ..tuners.peqa.config import PEQAConfig
-from ..tuners.saved import require_trained
+from ..tuners.saved import load_weights, require_trained
 from .card import FACTS, README, best_effort, inherited_metadata, update_card
 
 
@@ -145,7 +144,7 @@ def plan_merge(
             f"{adapter} is a {config.peft_type.value} adapter. Only PEQA adapters merge into a GPTQ checkpoint: they "
             "change scales alone."
         )
-    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    weights = load_weights(adapter, token=token)
     directory = base
     if not os.path.isdir(base):
         directory = snapshot_download(

@@ -1,27 +1,69 @@
-"""Checks of a saved adapter before it is loaded: it fits the base, is finite, and holds only what it trained."""
+"""Checks of a saved adapter before it is loaded: its files are sound, it fits the base, and holds what it trained."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..adapter_files import check_adapter_config, check_adapter_dtypes, is_ours
+from ..gptq.checkpoint import read_tensors
 from ..gptq.source import Source
 from ..module_names import LOW_RANK, PEFT_PREFIX, SCALE_DELTAS, split_adapter_key
-from ..registry import check_adapters
+from ..reading import InvalidFileError, read_json, regular_file
+from ..registry import check_adapters, read_adapter_configs
 from .layer import check_finite
 from .model import PackedTuner
 
 
 _PARAMETERS = {"PEQA": (SCALE_DELTAS,), "LREC": LOW_RANK}
 _TOKENS = ".trainable_tokens_delta"
+
+
+def load_weights(adapter: str | os.PathLike[str], device: str = "cpu", **hub_options: Any) -> dict[str, torch.Tensor]:
+    """Load the tensors of a saved adapter, whose file is checked before.
+
+    Args:
+        adapter: directory or Hub id.
+        device: where to load them.
+        **hub_options: options of `hf_hub_download`, such as `revision`, `subfolder` and `token`.
+
+    Raises:
+        InvalidFileError: `adapter_model.safetensors` is damaged, or there is none; pickled weights are not read.
+    """
+    file = _weights_file(os.fspath(adapter), **hub_options)
+    check_adapter_dtypes(file, {name: tensor.torch_dtype for name, tensor in read_tensors([file]).items()})
+    return load_file(file, device=device)
+
+
+def _weights_file(adapter: str, subfolder: str | None = None, **hub_options: Any) -> str:
+    if os.path.isdir(adapter):
+        file = Path(adapter, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if os.path.lexists(file):
+            return os.fspath(file)
+    else:
+        try:
+            return hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            pass
+    raise InvalidFileError(
+        f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled weights (*.bin) are not read: save the adapter again, "
+        "with `safe_serialization=True`."
+    )
 
 
 def require_trained(
@@ -86,18 +128,33 @@ def _equals_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
     return torch.equal(saved.to(stored.dtype), stored) or torch.equal(saved, stored.to(saved.dtype))
 
 
+def _read_config(stock: Callable[[str], Any], file: str) -> Any:
+    """Read an `adapter_config.json` as PEFT does, and check it if it is of an adapter of this package."""
+    try:
+        content = stock(file)
+        if not is_ours(content):
+            return content
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        read_json(file)  # names what is wrong with the file
+        raise
+    check_adapter_config(regular_file(file), content)
+    return content
+
+
 def _check_saved(
     model: PreTrainedModel | PeftModel, path: str, adapter_name: str, given: Any, hub_options: dict[str, Any]
 ) -> None:
     """Check an adapter's files before it is loaded; see [`check_adapters`]."""
     try:
         config: Any = PeftConfig.from_pretrained(path, **hub_options)
+    except InvalidFileError:
+        raise
     except ValueError:  # no adapter_config.json, which PEFT does not need if it is given a configuration
         config = given
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weights = load_peft_weights(path, device="cpu", **hub_options)
+    weights = load_weights(path, **hub_options)
     require_trained(path, config, weights, partial(_stored_rows, base))
     recorded = config.base_quantization
     if recorded is None:
@@ -124,4 +181,5 @@ def _stored_rows(model: PreTrainedModel, name: str) -> torch.Tensor | None:
     return tensor if stored is None else tensor[: stored.shape[0]]
 
 
+read_adapter_configs(_read_config)
 check_adapters(_check_saved)
