@@ -195,6 +195,8 @@ def _require_stored(checkpoint: Checkpoint, config: PEQAConfig, layers: list[str
             f"The adapter changes {len(missing)} layers, {missing[0]} first, that {checkpoint.directory} does not "
             f"have packed: it was trained on another base model, {config.base_model_name_or_path}."
         )
+    for name in found.values():
+        checkpoint.require_parts(name)
 
 
 def _require_alone(checkpoint: Checkpoint, others: list[str], stored: dict[str, str], ties: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,17 @@ def require_trained(
     """
     differing: dict[str, torch.Tensor] = {}
     named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
-    keeps_ties = getattr(config, "ensure_weight_tying", False)
+    modules = sorted(config.modules_to_save or [])
+    trained = {name for name in named if _is_trained(name, config, modules)}
+    tied = {_content(named[name]) for name in trained} if getattr(config, "ensure_weight_tying", False) else set()
     for name, tensor in named.items():
         check_finite(f"{adapter}: {name}", tensor)
-        trained = _is_trained(name, config) or (
-            keeps_ties and any(_is_trained(other, config) and torch.equal(tensor, named[other]) for other in named)
-        )
-        in_base = None if trained else base(name)
-        if not trained and not _equals_base(tensor, in_base):
+        is_trained = name in trained or (bool(tied) and _content(tensor) in tied)
+        in_base = None if is_trained else base(name)
+        if not is_trained and not _equals_base(tensor, in_base):
             raise ValueError(
                 f"{adapter} holds {name}, which its configuration does not train and which is not the base's: it "
-                f"would overwrite that. Trained are its layers and modules_to_save={_modules(config)}. If it was "
+                f"would overwrite that. Trained are its layers and modules_to_save={modules}. If it was "
                 "trained, name its module there, in adapter_config.json; else save or download the adapter again."
             )
         if in_base is None or in_base.shape != tensor.shape:
@@ -106,17 +106,17 @@ def require_trained(
     return differing
 
 
-def _is_trained(name: str, config: Any) -> bool:
+def _is_trained(name: str, config: Any, modules: Iterable[str]) -> bool:
     parameters = _PARAMETERS.get(config.peft_type.value, ())
-    if split_adapter_key(name)[1] in parameters or any(f".{module}." in f".{name}" for module in _modules(config)):
+    if split_adapter_key(name)[1] in parameters or any(f".{module}." in f".{name}" for module in modules):
         return True
     if getattr(config, "trainable_token_indices", None) is not None and name.endswith(_TOKENS):
         return True
     return getattr(config, "bias", "none") != "none" and name.endswith(".bias")
 
 
-def _modules(config: Any) -> list[str]:
-    return sorted(config.modules_to_save or [])
+def _content(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _equals_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
