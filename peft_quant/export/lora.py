@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..files import new_directory
 from ..tuners.lrec.config import LRECConfig
-from ..tuners.saved import load_weights
+from ..tuners.saved import load_config, load_weights
 from .card import best_effort, update_card
 
 
@@ -50,7 +50,7 @@ def export_lora(
             directory = saved if adapter_name == "default" else Path(saved, adapter_name)
             written = PeftConfig.from_pretrained(os.fspath(directory))
             return _export(directory, adapter.peft_config[adapter_name], written, out, token)
-    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    config = load_config(adapter, token=token)
     return _export(adapter, config, config, out, token)
 
 

@@ -20,7 +20,7 @@ from ..module_names import SCALE_DELTAS, split_adapter_key
 from ..ops import round_scales
 from ..reading import regular_files
 from ..tuners.peqa.config import PEQAConfig
-from ..tuners.saved import load_weights, require_trained
+from ..tuners.saved import load_config, load_weights, require_trained
 from .card import FACTS, README, best_effort, inherited_metadata, update_card
 
 
@@ -138,7 +138,7 @@ def plan_merge(
     Args and errors: as for [`merge_checkpoint`].
     """
     refuse_existing(out)
-    config = PEQAConfig.from_pretrained(os.fspath(adapter), token=token)
+    config = load_config(adapter, token=token)
     if not isinstance(config, PEQAConfig):
         raise ValueError(
             f"{adapter} is a {config.peft_type.value} adapter. Only PEQA adapters merge into a GPTQ checkpoint: they "

@@ -15,7 +15,7 @@ from .layer import check_finite
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer
-from .saved import load_weights
+from .saved import load_config, load_weights
 
 
 def hotswap_adapter(
@@ -41,7 +41,7 @@ def hotswap_adapter(
         ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options; or
             the new one holds NaN. The model is then unchanged.
     """
-    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    new = load_config(model_name_or_path, **kwargs)
     _require_replaceable(new, model_name_or_path)
     device = torch_device or infer_device()
     weights = load_weights(model_name_or_path, device, **kwargs) if isinstance(new, (LRECConfig, PEQAConfig)) else {}

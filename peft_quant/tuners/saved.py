@@ -29,7 +29,28 @@ from .model import PackedTuner
 
 
 _PARAMETERS = {"PEQA": (SCALE_DELTAS,), "LREC": LOW_RANK}
+_NO_ADAPTER = "has an adapter_config.json of another kind, or for a newer version of PEFT: save or download it again"
 _TOKENS = ".trainable_tokens_delta"
+
+
+def load_config(adapter: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
+    """Load the configuration of a saved adapter of any method.
+
+    Args:
+        adapter: directory or Hub id.
+        **hub_options: as for [`load_weights`].
+
+    Raises:
+        InvalidFileError: `adapter_config.json` is damaged, or names no method.
+        ValueError: there is none.
+    """
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(adapter), **hub_options)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidFileError(f"{adapter} {_NO_ADAPTER} ({error!r}).") from error
+    if config.peft_type is None:
+        raise InvalidFileError(f"{adapter} {_NO_ADAPTER}.")
+    return config
 
 
 def load_weights(adapter: str | os.PathLike[str], device: str = "cpu", **hub_options: Any) -> dict[str, torch.Tensor]:
@@ -138,6 +159,15 @@ def _read_config(stock: Callable[[str], Any], file: str) -> Any:
         read_json(file)  # names what is wrong with the file
         raise
     check_adapter_config(regular_file(file), content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT makes it again, and warns then
+            PeftConfig.from_peft_type(**content)
+    except Exception as error:  # PEFT's own checks raise any, depending on the option
+        raise InvalidFileError(
+            f"{file} is not a configuration of an adapter ({error}): it is damaged or was changed. Save or download "
+            "the adapter again."
+        ) from error
     return content
 
 

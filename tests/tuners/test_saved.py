@@ -251,6 +251,12 @@ class TestDamagedFiles:
             (b'{"peft_type": "PEQA", "target_modules": [["q_proj"]]}', "has target_modules="),
             (b'{"peft_type": "LREC", "r": "8"}', "has r='8', which is not an integer"),
             (b'{"peft_type": "LREC", "rank_pattern": null}', "has rank_pattern=None"),
+            (b'{"peft_type": "LREC", "use_bdlora": "yes"}', "is not a configuration of an adapter .*BdLoraConfig"),
+            (b'{"peft_type": "LREC", "r": 0}', "is not a configuration of an adapter .*use positive integers"),
+            (
+                b'{"peft_type": "PEQA", "task_type": "SOME"}',
+                "is not a configuration of .*Invalid task type",
+            ),
         ),
     )
     def test_configs(self, base, tmp_path, content, message):
@@ -261,6 +267,16 @@ class TestDamagedFiles:
             PeftConfig.from_pretrained(tmp_path / "adapter")
         with pytest.raises(InvalidFileError, match=message):
             merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+    @pytest.mark.parametrize("content", ("{}", '{"hidden_size": 4}', '{"peft_type": "PEQB"}', '{"peft_type": [1]}'))
+    def test_configs_of_something_else(self, base, tmp_path, content):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+        message = r"adapter has an adapter_config\.json of another kind"
+        with pytest.raises(InvalidFileError, match=message):
+            merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+        with pytest.raises(InvalidFileError, match=message):
+            export_lora(tmp_path / "adapter", tmp_path / "exported")
 
     def test_configs_before_the_model_changes(self, base, adapter):
         edit_config(adapter, modules_to_save=5)
