@@ -14,7 +14,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from .model import PackedTuner
 
 _PARAMETERS = {"PEQA": (SCALE_DELTAS,), "LREC": LOW_RANK}
 _NO_ADAPTER = "has an adapter_config.json of another kind, or for a newer version of PEFT: save or download it again"
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _TOKENS = ".trainable_tokens_delta"
 
 
@@ -53,38 +55,47 @@ def load_config(adapter: str | os.PathLike[str], **hub_options: Any) -> PeftConf
     return config
 
 
-def load_weights(adapter: str | os.PathLike[str], device: str = "cpu", **hub_options: Any) -> dict[str, torch.Tensor]:
+def load_weights(
+    adapter: str | os.PathLike[str], device: str = "cpu", *, pickled: bool = False, **hub_options: Any
+) -> dict[str, torch.Tensor]:
     """Load the tensors of a saved adapter, whose file is checked before.
 
     Args:
         adapter: directory or Hub id.
         device: where to load them.
+        pickled: whether to read `adapter_model.bin` if that is all there is, as PEFT does, which unpickles tensors.
         **hub_options: options of `hf_hub_download`, such as `revision`, `subfolder` and `token`.
 
     Raises:
-        InvalidFileError: `adapter_model.safetensors` is damaged, or there is none; pickled weights are not read.
+        InvalidFileError: the file is damaged, missing, or pickled where that is not read.
     """
-    file = _weights_file(os.fspath(adapter), **hub_options)
-    check_adapter_dtypes(file, {name: tensor.torch_dtype for name, tensor in read_tensors([file]).items()})
-    return load_file(file, device=device)
-
-
-def _weights_file(adapter: str, subfolder: str | None = None, **hub_options: Any) -> str:
-    if os.path.isdir(adapter):
-        file = Path(adapter, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if os.path.lexists(file):
-            return os.fspath(file)
-    else:
+    directory, found = os.fspath(adapter), None
+    if not os.path.isdir(directory):
         try:
-            return hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            pass
-    raise InvalidFileError(
-        f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled weights (*.bin) are not read: save the adapter again, "
-        "with `safe_serialization=True`."
-    )
+            found = hf_hub_download(directory, SAFETENSORS_WEIGHTS_NAME, **hub_options)
+        except EntryNotFoundError as error:
+            if not pickled and isinstance(error, LocalEntryNotFoundError):
+                raise
+    else:
+        folder = Path(directory, hub_options.get("subfolder") or "")
+        found = next((folder / name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
+        pickled = pickled and found is not None and regular_file(found).name == WEIGHTS_NAME
+    if found is not None and Path(found).name == SAFETENSORS_WEIGHTS_NAME:
+        check_adapter_dtypes(found, {name: tensor.torch_dtype for name, tensor in read_tensors([found]).items()})
+        return load_file(found, device=device)
+    if not pickled:
+        raise InvalidFileError(
+            f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights (*.bin) are not read. Load the adapter and "
+            "save it again."
+        )
+    try:
+        weights = load_peft_weights(directory, device=device, **hub_options)
+        check_adapter_dtypes(directory, {name: tensor.dtype for name, tensor in weights.items()})
+    except OSError:
+        raise
+    except Exception as error:  # unpickling raises any
+        raise InvalidFileError(f"{adapter} has damaged weights in {WEIGHTS_NAME} ({error}).") from error
+    return weights
 
 
 def require_trained(
@@ -184,7 +195,7 @@ def _check_saved(
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weights = load_weights(path, **hub_options)
+    weights = load_weights(path, pickled=True, **hub_options)
     require_trained(path, config, weights, partial(_stored_rows, base))
     recorded = config.base_quantization
     if recorded is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -314,10 +315,26 @@ class TestDamagedFiles:
         self.refuse_weights(base, adapter, method, f"as {dtype}, which does not train")
 
     def test_pickled_weights(self, base, adapter, method):
-        file = adapter / "adapter_model.safetensors"
-        torch.save(load_file(file), adapter / "adapter_model.bin")
+        """PEFT reads those, tensors only; work on files does not."""
+        file, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
+        weights = load_file(file)
         file.unlink()
-        self.refuse_weights(base, adapter, method, r"has no adapter_model\.safetensors\. Pickled weights .* not read")
+        torch.save(weights, pickled)
+        PeftModel.from_pretrained(load(base), adapter)
+        with pytest.raises(InvalidFileError, match=r"has no adapter_model\.safetensors; pickled weights .* not read"):
+            self.read_files(base, adapter, method)
+        for content in (pickled.read_bytes()[:-100], b"", pickle.dumps(Path), b"cos\nsystem\n(S'touch code_ran'\ntR."):
+            pickled.write_bytes(content)
+            with pytest.raises(InvalidFileError, match=r"has damaged weights in adapter_model\.bin"):
+                PeftModel.from_pretrained(load(base), adapter)
+        assert not Path("code_ran").exists()
+        torch.save([1], pickled)
+        with pytest.raises(InvalidFileError, match=r"has damaged weights in adapter_model\.bin"):
+            PeftModel.from_pretrained(load(base), adapter)
+
+    def test_missing_weights(self, base, adapter, method):
+        (adapter / "adapter_model.safetensors").unlink()
+        self.refuse_weights(base, adapter, method, r"has no adapter_model\.safetensors")
 
     def test_pipes(self, base, adapter, method):
         (adapter / "adapter_model.safetensors").unlink()
@@ -334,11 +351,14 @@ class TestDamagedFiles:
         with pytest.raises(InvalidFileError, match=message):
             PeftModel.from_pretrained(load(base), adapter)
         with pytest.raises(InvalidFileError, match=message):
-            if method == "peqa":
-                merge_checkpoint(base, adapter, adapter.parent / "merged")
-            else:
-                export_lora(adapter, adapter.parent / "exported")
-        assert not (adapter.parent / "merged").exists()
+            self.read_files(base, adapter, method)
+        assert not (adapter.parent / "out").exists()
+
+    def read_files(self, base, adapter, method):
+        if method == "peqa":
+            merge_checkpoint(base, adapter, adapter.parent / "out")
+        else:
+            export_lora(adapter, adapter.parent / "out")
 
     def test_in_the_cache_of_the_hub(self, base, adapter, method, tmp_path):
         repository, commit = tmp_path / "cache" / "models--user--adapter", "c" * 40
