@@ -17,7 +17,8 @@ _METHODS = ("PEQA", "LREC")
 _MOST_NAMES = 50_000  # the layers of the largest mixtures
 _MOST_PATTERNS = 1_000
 
-Check = tuple[str, Callable[[Any], bool]]
+_Check = tuple[str, Callable[[Any], bool]]
+"""A type in words, and whether a value has it."""
 
 
 def _is_text(value: Any) -> bool:
@@ -36,7 +37,7 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_list(value: Any, of: Callable[[Any], bool], most: int) -> bool:
+def _is_list(value: Any, of: Callable[[Any], bool], most: float = _MOST_PATTERNS) -> bool:
     return isinstance(value, list) and len(value) <= most and all(map(of, value))
 
 
@@ -48,62 +49,57 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-_TEXT: Check = ("a text", _is_text)
-_FLAG: Check = ("true or false", _is_flag)
-_INTEGER: Check = ("an integer", _is_integer)
-_NUMBER: Check = ("a finite number", _is_number)
-_NAMES: Check = (
-    f"a text or a list of at most {_MOST_NAMES} texts",
-    lambda value: _is_text(value) or _is_list(value, _is_text, _MOST_NAMES),
-)
-_PATTERNS: Check = (
-    f"a text or a list of at most {_MOST_PATTERNS} texts",
-    lambda value: _is_text(value) or _is_list(value, _is_text, _MOST_PATTERNS),
-)
-_CHECKS: Mapping[str, Check] = {
+def _is_indices(value: Any) -> bool:
+    return _is_list(value, _is_integer, math.inf)
+
+
+def _texts(most: int) -> _Check:
+    return (
+        f"a text or a list of at most {most} texts",
+        lambda value: _is_text(value) or _is_list(value, _is_text, most),
+    )
+
+
+_TEXT: _Check = ("a text", _is_text)
+_FLAG: _Check = ("true or false", _is_flag)
+_NUMBER: _Check = ("a finite number", _is_number)
+_CHECKS: Mapping[str, _Check] = {
     "alpha_pattern": (f"a mapping of at most {_MOST_PATTERNS} numbers", lambda value: _is_mapping(value, _is_number)),
     "auto_mapping": ("a mapping", lambda value: _is_mapping(value, _is_scalar)),
     "base_fingerprint": _TEXT,
     "base_model_name_or_path": _TEXT,
     "base_quantization": (
         "a mapping of single values or short lists",
-        lambda value: _is_mapping(value, lambda each: _is_scalar(each) or _is_list(each, _is_scalar, _MOST_PATTERNS)),
+        lambda value: _is_mapping(value, lambda each: _is_scalar(each) or _is_list(each, _is_scalar)),
     ),
     "bias": _TEXT,
     "ensure_weight_tying": _FLAG,
-    "exclude_modules": _NAMES,
+    "exclude_modules": _texts(_MOST_NAMES),
     "inference_mode": _FLAG,
     "init_lora_weights": ("true, false or a text", lambda value: _is_flag(value) or _is_text(value)),
     "init_lrec_weights": _TEXT,
     "init_weights": _FLAG,
-    "layers_pattern": _PATTERNS,
+    "layers_pattern": _texts(_MOST_PATTERNS),
     "layers_to_transform": (
         f"an integer or a list of at most {_MOST_PATTERNS} integers",
-        lambda value: _is_integer(value) or _is_list(value, _is_integer, _MOST_PATTERNS),
+        lambda value: _is_integer(value) or _is_list(value, _is_integer),
     ),
     "lora_alpha": _NUMBER,
     "lora_dropout": _NUMBER,
-    "modules_to_save": (
-        f"a list of at most {_MOST_PATTERNS} texts",
-        lambda value: _is_list(value, _is_text, _MOST_PATTERNS),
-    ),
+    "modules_to_save": (f"a list of at most {_MOST_PATTERNS} texts", lambda value: _is_list(value, _is_text)),
     "peft_quant_version": _TEXT,
     "peft_type": _TEXT,
     "peft_version": _TEXT,
-    "r": _INTEGER,
+    "r": ("an integer", _is_integer),
     "rank_pattern": (f"a mapping of at most {_MOST_PATTERNS} integers", lambda value: _is_mapping(value, _is_integer)),
     "revision": _TEXT,
     "save_as_lora": _FLAG,
     "serving_dtype": _TEXT,
-    "target_modules": _NAMES,
+    "target_modules": _texts(_MOST_NAMES),
     "task_type": _TEXT,
     "trainable_token_indices": (
         "a list of integers or a mapping to such lists",
-        lambda value: (
-            _is_list(value, _is_integer, len(value))
-            if isinstance(value, list)
-            else _is_mapping(value, lambda each: isinstance(each, list) and _is_list(each, _is_integer, len(each)))
-        ),
+        lambda value: _is_indices(value) or _is_mapping(value, _is_indices),
     ),
     "use_dora": _FLAG,
     "use_rslora": _FLAG,

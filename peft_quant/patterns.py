@@ -71,7 +71,7 @@ def require_quick_patterns(options: Mapping[str, Any], names: Iterable[str]) -> 
         raise ValueError(
             f"{patterns[0][0]} and others have regular expressions of more than {_LONGEST} characters: shorten them."
         )
-    shapes = {re.sub(r"\d", "0", name) for name in names}  # which have the steps of all their numbers, or more
+    shapes = {re.sub("[0-9]", "0", name) for name in names}  # which have the steps of all their numbers, or more
     steps = 0
     for option, pattern in patterns:
         try:
@@ -155,7 +155,9 @@ class _Steps:
             least, most, repeated = content
             return self._repeat(least, most, repeated, ways)
         if kind in ("ASSERT", "ASSERT_NOT"):
-            self._sequence(content[1], ways)
+            direction, asserted = content
+            back = asserted.getwidth()[0] if direction < 0 else 0
+            self._sequence(asserted, {position - back: count for position, count in ways.items() if position >= back})
             return ways
         if kind in ("AT", "FAILURE"):
             return ways

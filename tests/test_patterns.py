@@ -24,6 +24,7 @@ OF_A_VISION_MODEL = (
         r"model\.layers\.\d+\..*",
         r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
         r"^(?!.*visual).*(?:q_proj|k_proj).*",
+        r".*(?<!cross_)attn\.q_proj",
         r"(?:\w+\.)*q_proj",
         r"([^.]+\.)+(self_attn|mlp)\..*",
         r"(?i:model)\.layers\.([0-9]|1[0-9]|2[0-7])\.self_attn\.(q|k|v|o)_proj",
@@ -58,6 +59,7 @@ def test_one_key_for_each_layer():
         "|".join(["(.|.)" * 20] * 3),
         r"(?=(([a-z0-9._]+)+)+!)x",
         r"(?i:(([A-Z0-9._]+)+)+!)",
+        r".{24}(?<=(?:.|.){24}).?!|.{24}(?<!(?:.|.){23}!)x",
         r"(){1000000000}",
         r"model\.layers\.77\.(([a-z._]+)+)+!",  # with few of the names
     ),

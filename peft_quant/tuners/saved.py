@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -69,33 +70,34 @@ def load_weights(
     Raises:
         InvalidFileError: the file is damaged, missing, or pickled where that is not read.
     """
-    directory, found = os.fspath(adapter), None
-    if not os.path.isdir(directory):
-        try:
-            found = hf_hub_download(directory, SAFETENSORS_WEIGHTS_NAME, **hub_options)
-        except EntryNotFoundError as error:
-            if not pickled and isinstance(error, LocalEntryNotFoundError):
-                raise
-    else:
-        folder = Path(directory, hub_options.get("subfolder") or "")
-        found = next((folder / name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
-        pickled = pickled and found is not None and regular_file(found).name == WEIGHTS_NAME
-    if found is not None and Path(found).name == SAFETENSORS_WEIGHTS_NAME:
-        check_adapter_dtypes(found, {name: tensor.torch_dtype for name, tensor in read_tensors([found]).items()})
-        return load_file(found, device=device)
-    if not pickled:
+    file = _weights_file(os.fspath(adapter), _WEIGHTS if pickled else _WEIGHTS[:1], **hub_options)
+    if file is None:
         raise InvalidFileError(
             f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights (*.bin) are not read. Load the adapter and "
             "save it again."
         )
+    if file.name == SAFETENSORS_WEIGHTS_NAME:
+        check_adapter_dtypes(file, {name: tensor.torch_dtype for name, tensor in read_tensors([file]).items()})
+        return load_file(file, device=device)
     try:
-        weights = load_peft_weights(directory, device=device, **hub_options)
-        check_adapter_dtypes(directory, {name: tensor.dtype for name, tensor in weights.items()})
-    except OSError:
-        raise
+        weights = load_peft_weights(os.fspath(adapter), device=device, **hub_options)
+        dtypes = {name: tensor.dtype for name, tensor in weights.items()}
     except Exception as error:  # unpickling raises any
-        raise InvalidFileError(f"{adapter} has damaged weights in {WEIGHTS_NAME} ({error}).") from error
+        raise InvalidFileError(f"{file} is damaged ({error}): save or download the adapter again.") from error
+    check_adapter_dtypes(file, dtypes)
     return weights
+
+
+def _weights_file(adapter: str, names: Iterable[str], **hub_options: Any) -> Path | None:
+    """The first file of these names, downloaded if necessary; None if there is none."""
+    folder = Path(adapter, hub_options.get("subfolder") or "")
+    for name in names:
+        if not os.path.isdir(adapter):
+            with suppress(RemoteEntryNotFoundError):
+                return Path(hf_hub_download(adapter, name, **hub_options))
+        elif os.path.lexists(folder / name):
+            return regular_file(folder / name)
+    return None
 
 
 def require_trained(

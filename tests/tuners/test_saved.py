@@ -325,11 +325,11 @@ class TestDamagedFiles:
             self.read_files(base, adapter, method)
         for content in (pickled.read_bytes()[:-100], b"", pickle.dumps(Path), b"cos\nsystem\n(S'touch code_ran'\ntR."):
             pickled.write_bytes(content)
-            with pytest.raises(InvalidFileError, match=r"has damaged weights in adapter_model\.bin"):
+            with pytest.raises(InvalidFileError, match=r"adapter_model\.bin is damaged"):
                 PeftModel.from_pretrained(load(base), adapter)
         assert not Path("code_ran").exists()
         torch.save([1], pickled)
-        with pytest.raises(InvalidFileError, match=r"has damaged weights in adapter_model\.bin"):
+        with pytest.raises(InvalidFileError, match=r"adapter_model\.bin is damaged"):
             PeftModel.from_pretrained(load(base), adapter)
 
     def test_missing_weights(self, base, adapter, method):

@@ -252,18 +252,15 @@ class _Shards:
             if not path.exists() or _file_digest(regular_file(path)) != shard.get("sha256"):
                 found = "damaged" if path.exists() else "missing"
                 raise InvalidFileError(f"{path} is {found}: {_remake(directory)}")
-            self._require_layout(path)
+            rows = self._rows(path)
             with safe_open(path, framework="pt") as file:
-                digests, lengths, rows = (
-                    file.get_tensor("digests"),
-                    file.get_tensor("lengths"),
-                    file.get_slice("indices").get_shape()[0],
-                )
+                digests, lengths = file.get_tensor("digests"), file.get_tensor("lengths")
             if (lengths < 0).any() or (lengths > rows).any() or int(lengths.sum()) != rows:
                 raise InvalidFileError(f"{path} has {rows} rows, and others in its samples: {_remake(directory)}")
             self._enter(path, [digest.numpy().tobytes() for digest in digests], lengths)
 
-    def _require_layout(self, path: Path) -> None:
+    def _rows(self, path: Path) -> int:
+        """The number of tokens in a shard, whose tensors are checked for names, shapes and dtypes."""
         stored = read_tensors([path])
         samples, rows = (stored[name].shape[:1] if name in stored else () for name in ("lengths", "indices"))
         k = self.manifest["k"]
@@ -276,6 +273,7 @@ class _Shards:
         found = {name: (tensor.torch_dtype, tensor.shape) for name, tensor in stored.items()}
         if found != expected:
             raise InvalidFileError(f"{path} has other tensors than a shard with k={k}: {_remake(self.directory)}")
+        return rows[0]
 
     def _enter(self, path: Path, digests: Iterable[bytes], lengths: torch.Tensor) -> None:
         starts = lengths.cumsum(0) - lengths
