@@ -75,7 +75,9 @@ def require_quick_patterns(options: Mapping[str, Any], names: Iterable[str]) -> 
     steps = 0
     for option, pattern in patterns:
         try:
-            counter = _Steps(_AS_PEFT_MATCHES[option].format(pattern), steps)
+            expression = _AS_PEFT_MATCHES[option].format(pattern)
+            re.compile(expression)
+            counter = _Steps(expression, steps)
             for name in shapes:
                 counter.count(name)
             steps = counter.taken
@@ -170,19 +172,15 @@ class _Steps:
                 ways = self._sequence(content, ways)
             else:
                 self.taken += _OF_AN_EMPTY_REPETITION
-                ways = _sum(self._go_on(content, position, count, number > least) for position, count in ways.items())
+                each = [(position, self._sequence(content, {position: count})) for position, count in ways.items()]
+                if number > least:  # an empty repetition that is not needed is the last
+                    reached += [{position: found.pop(position)} for position, found in each if position in found]
+                ways = _sum(found for _, found in each)
             if not ways:
                 break
             if number >= least:
                 reached.append(ways)
         return _sum(reached)
-
-    def _go_on(self, content: Any, position: int, count: int, is_optional: bool) -> dict[int, int]:
-        """Repeat what may be empty, from one position; an empty repetition that is not needed is not tried."""
-        ways = self._sequence(content, {position: count})
-        if is_optional:
-            ways.pop(position, None)
-        return ways
 
     def _accepts(self, element: Any, position: int) -> bool:
         letter = self._name[position : position + 1]

@@ -55,6 +55,7 @@ def test_one_key_for_each_layer():
         r".*.*.*.*.*.*!",
         r"(.*?)*!",
         r"(.?){60}!",
+        r"((?:)?.)*!",
         r"(.{1,9}){1,9}(.{1,9}){1,9}!",
         "|".join(["(.|.)" * 20] * 3),
         r"(?=(([a-z0-9._]+)+)+!)x",
@@ -72,7 +73,17 @@ def test_what_would_not_end(option, pattern):
 
 @pytest.mark.parametrize(
     "pattern",
-    ("(", "[a-", "a{99999999999}", "(" * 10**4, "(?:" * 10**4 + ")*" * 10**4, r"(a)\1", "(a)?(?(1)b|c)", "*"),
+    (
+        "(",
+        "[a-",
+        "a{99999999999}",
+        "(?<=a*)b",
+        "(" * 10**4,
+        "(?:" * 10**4 + ")*" * 10**4,
+        r"(a)\1",
+        "(a)?(?(1)b|c)",
+        "*",
+    ),
 )
 def test_what_is_no_regular_expression(pattern):
     with pytest.raises(ValueError, match=r"target_modules has .* which cannot be used as a regular expression"):
