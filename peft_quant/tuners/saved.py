@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -44,9 +44,12 @@ def load_config(adapter: str | os.PathLike[str], **hub_options: Any) -> PeftConf
         **hub_options: as for [`load_weights`].
 
     Raises:
-        InvalidFileError: `adapter_config.json` is damaged, or names no method.
+        InvalidFileError: `adapter_config.json` is damaged or must not be read, or names no method.
         ValueError: there is none.
     """
+    file = Path(adapter, hub_options.get("subfolder") or "", CONFIG_NAME)
+    if os.path.lexists(file):
+        regular_file(file)
     try:
         config = PeftConfig.from_pretrained(os.fspath(adapter), **hub_options)
     except (KeyError, TypeError, AttributeError) as error:

@@ -279,6 +279,16 @@ class TestDamagedFiles:
         with pytest.raises(InvalidFileError, match=message):
             export_lora(tmp_path / "adapter", tmp_path / "exported")
 
+    @pytest.mark.parametrize("target", ("elsewhere", "/dev/zero", "adapter_config.json"))
+    def test_links_for_configs(self, base, tmp_path, target):
+        (tmp_path / "elsewhere").write_text('{"peft_type": "LORA"}')
+        (tmp_path / "adapter").mkdir()
+        link = tmp_path / "adapter" / "adapter_config.json"
+        link.symlink_to(target if target != "elsewhere" else tmp_path / target)
+        for read in (merge_checkpoint, lambda _, *paths: export_lora(*paths)):
+            with pytest.raises(InvalidFileError, match=r"adapter_config\.json is (a link|not a regular file)"):
+                read(base, tmp_path / "adapter", tmp_path / "out")
+
     def test_configs_before_the_model_changes(self, base, adapter):
         edit_config(adapter, modules_to_save=5)
         model = load(base)
