@@ -11,7 +11,7 @@ LOW_RANK = ("lora_A.weight", "lora_B.weight")
 """Names of an adapted layer's parameters in an adapter's file."""
 
 PEFT_PREFIX = "base_model.model."
-_IN_BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<position>\d+)\.(?P<layer>.+)")
+_IN_BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<position>\d{1,18})\.(?P<layer>.+)")
 
 
 class Block(NamedTuple):
@@ -50,4 +50,4 @@ def split_adapter_key(key: str) -> tuple[str, str]:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that orders the numbers in names numerically."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]

@@ -14,7 +14,7 @@ from inspect import signature
 from typing import Any
 
 from peft import PeftModel
-from peft.config import PeftConfig
+from peft.config import PeftConfig, PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
@@ -174,6 +174,24 @@ def check_adapters(check: AdapterCheck) -> None:
 
     wrap_method(PeftModel, "load_adapter", load_into_peft_model)
     wrap_method(PreTrainedModel, "load_adapter", load_into_model)
+
+
+def read_adapter_configs(read: Callable[[Callable[[str], Any], str], Any]) -> None:
+    """Let PEFT read each `adapter_config.json` through a function. Idempotent.
+
+    Args:
+        read: called as `read(stock, file)`, where `stock(file)` returns the content as PEFT reads it.
+    """
+    stock = PeftConfigMixin.from_json_file
+    if hasattr(stock, _WRAPPED):
+        return
+
+    @wraps(stock)
+    def from_json_file(cls: type[PeftConfigMixin], path_json_file: str, **kwargs: Any) -> Any:
+        return read(stock, path_json_file)
+
+    setattr(from_json_file, _WRAPPED, True)
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
 
 
 def ask_for_weight(knows: Callable[[nn.Module], bool]) -> None:

@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 
 from ..files import new_directory
 from ..tuners.layer import check_finite
 from ..tuners.lrec.config import LRECConfig
+from ..tuners.saved import load_config, load_weights
 from .card import best_effort, update_card
 
 
@@ -42,6 +42,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
+        InvalidFileError: a file of the adapter is damaged.
         ValueError: it is not an LREC adapter, holds NaN or infinite values, or the model has no adapter of that name.
     """
     if isinstance(adapter, PeftModel):
@@ -50,7 +51,7 @@ def export_lora(
             directory = saved if adapter_name == "default" else Path(saved, adapter_name)
             written = PeftConfig.from_pretrained(os.fspath(directory))
             return _export(directory, adapter.peft_config[adapter_name], written, out, token)
-    config = PeftConfig.from_pretrained(os.fspath(adapter), token=token)
+    config = load_config(adapter, token=token)
     return _export(adapter, config, config, out, token)
 
 
@@ -67,7 +68,7 @@ def _export(
             f"{adapter} is a {config.peft_type.value} adapter. Only LREC adapters are LoRA's but for a name."
         )
     lora = written.to_lora() if isinstance(written, LRECConfig) else written
-    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    weights = load_weights(adapter, token=token)
     for name, tensor in weights.items():
         check_finite(f"{adapter}: {name}", tensor)
     with new_directory(out) as directory:

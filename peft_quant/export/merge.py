@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft.utils.save_and_load import load_peft_weights
 
 from ..files import new_directory, refuse_existing, require_space
 from ..gptq.base_record import describe_checkpoint, require_base, stored_layers
@@ -22,7 +21,7 @@ from ..ops import newly_clamped, round_scales
 from ..reading import regular_files
 from ..tuners.peqa.clamped import describe_clamped
 from ..tuners.peqa.config import PEQAConfig
-from ..tuners.saved import require_trained
+from ..tuners.saved import load_config, load_weights, require_trained
 from .card import FACTS, README, best_effort, inherited_metadata, update_card
 
 
@@ -146,13 +145,13 @@ def plan_merge(
     Args and errors: as for [`merge_checkpoint`].
     """
     refuse_existing(out)
-    config = PEQAConfig.from_pretrained(os.fspath(adapter), token=token)
+    config = load_config(adapter, token=token)
     if not isinstance(config, PEQAConfig):
         raise ValueError(
             f"{adapter} is a {config.peft_type.value} adapter. Only PEQA adapters merge into a GPTQ checkpoint: they "
             "change scales alone."
         )
-    weights = load_peft_weights(os.fspath(adapter), device="cpu", token=token)
+    weights = load_weights(adapter, token=token)
     directory = base
     if not os.path.isdir(base):
         directory = snapshot_download(
@@ -205,6 +204,8 @@ def _require_stored(checkpoint: Checkpoint, config: PEQAConfig, layers: list[str
             f"The adapter changes {len(missing)} layers, {missing[0]} first, that {checkpoint.directory} does not "
             f"have packed: it was trained on another base model, {config.base_model_name_or_path}."
         )
+    for name in found.values():
+        checkpoint.require_parts(name)
 
 
 def _require_alone(checkpoint: Checkpoint, others: list[str], stored: dict[str, str], ties: dict[str, str]) -> None:

@@ -96,14 +96,15 @@ def difference(recorded: Mapping[str, Any], layers: Layers, found: Mapping[str, 
     expected = recorded.get("fingerprint")
     if not isinstance(expected, str):
         raise ValueError(
-            f"The adapter's base_quantization is {dict(recorded)}, which has no fingerprint of its base: "
+            f"The adapter's base_quantization is {dict(recorded)!s:.500}, which has no fingerprint of its base: "
             "adapter_config.json was changed. Save or download the adapter again."
         )
     actual = found["fingerprint"]
     if is_sampled(expected):
         actual = fingerprint(digests(layers, sampled=True).values(), sampled=True)
     if expected != actual:
-        return f"it expects {dict(recorded)}, this one is {dict(found)}"
+        wanted = {name: recorded.get(name) for name in found}
+        return f"it expects {wanted}, this one is {dict(found)}"
     of_files = recorded.get("checkpoint"), found["checkpoint"]
     if None not in of_files and of_files[0] != of_files[1]:
         return (

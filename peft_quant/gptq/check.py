@@ -51,7 +51,8 @@ def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
     qweight, qzeros, scales, g_idx = tensors
     for tensor_name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
         require(tensor.dtype == torch.int32, f"{tensor_name} has dtype {tensor.dtype}, only int32 words are supported")
-    require(scales.is_floating_point(), f"scales have dtype {scales.dtype}, not a floating point one")
+    is_float = scales.is_floating_point() and scales.dtype.itemsize > 1
+    require(is_float, f"scales have dtype {scales.dtype}, not a floating point one of 16 bits or more")
     require(g_idx.dtype in (torch.int32, torch.int64), f"g_idx has dtype {g_idx.dtype}, not int32")
 
     rows, (words, columns), groups = g_idx.numel(), qweight.shape, scales.shape[0]
@@ -61,6 +62,7 @@ def check_packed_tensors(name: str, tensors: PackedTensors) -> int:
         f"qweight has {words} rows of 32-bit words for the {rows} in-features of g_idx, which is not 2, 3, 4 or 8 "
         "bits a weight",
     )
+    require(columns > 0, "qweight has no columns")
     require(scales.shape[1] == columns, f"scales have shape {tuple(scales.shape)}, expected {columns} columns")
     require(
         qzeros.shape == (groups, columns * bits // WORD_BITS) and columns * bits % WORD_BITS == 0,

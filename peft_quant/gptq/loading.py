@@ -224,16 +224,19 @@ def _make_layer(
 ) -> Any:
     """A packed layer without values, of the shape, bits and group size that the files say."""
     in_features, out_features = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-    words, columns = tensors[f"{stored}.qweight"].shape
+    shape = tensors[f"{stored}.qweight"].shape
+    words, columns = shape if len(shape) == 2 else (0, 0)
     bits, rest = divmod(words * WORD_BITS, in_features)
     if columns != out_features or bits not in SUPPORTED_BITS or rest:
         raise InvalidCheckpointError(
-            f"{stored}.qweight has shape {(words, columns)}, which is no weight of {in_features} in- and "
+            f"{stored}.qweight has shape {shape}, which is no weight of {in_features} in- and "
             f"{out_features} out-features, as {name} has, in 2, 3, 4 or 8 bits: the files are of another model than "
             "config.json. Download the checkpoint again."
         )
     scales = tensors.get(f"{stored}.scales")
     groups = scales.shape[0] if scales is not None and scales.shape else 1
+    if not groups:
+        raise InvalidCheckpointError(f"{stored}.scales has no groups: download the checkpoint again.")
     size = group_size(in_features, groups, optimum.group_size)
     packed: Any = kernel(bits, size)(
         bits,

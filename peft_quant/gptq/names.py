@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ..reading import InvalidFileError
 from .checkpoint import Checkpoint
 
 
@@ -187,19 +188,33 @@ class StoredNames:
         return found
 
     def _models(self) -> Iterator[PreTrainedModel]:
-        """Models without values, of the classes that the checkpoint may be loaded as."""
-        config = AutoConfig.from_pretrained(self.checkpoint.directory)
-        for holder in (config, config.get_text_config()):
-            if hasattr(holder, "quantization_config"):
-                del holder.quantization_config
-        classes = [getattr(transformers, name, None) for name in config.architectures or ()]
-        auto_class = getattr(transformers, _AUTO_CLASSES.get(self._task_type or "", "AutoModel"))
-        if type(config) in auto_class._model_mapping:
-            classes.append(auto_class._model_mapping[type(config)])
-        for model_class in dict.fromkeys(classes):
-            if model_class is not None:
-                with torch.device("meta"):
-                    yield model_class(copy.deepcopy(config))
+        """Models without values, of the classes that the checkpoint may be loaded as.
+
+        Raises:
+            InvalidFileError: transformers cannot make a model of the checkpoint's `config.json`.
+        """
+        file = self.checkpoint.directory / "config.json"
+        try:
+            config = AutoConfig.from_pretrained(self.checkpoint.directory, trust_remote_code=False)
+            for holder in (config, config.get_text_config()):
+                if hasattr(holder, "quantization_config"):
+                    del holder.quantization_config
+            layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+            if layers > len(self.checkpoint.tensors):
+                raise ValueError(f"it has {layers} layers, and the files have {len(self.checkpoint.tensors)} tensors")
+            classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+            auto_class = getattr(transformers, _AUTO_CLASSES.get(self._task_type or "", "AutoModel"))
+            if type(config) in auto_class._model_mapping:
+                classes.append(auto_class._model_mapping[type(config)])
+            for model_class in dict.fromkeys(classes):
+                if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+                    with torch.device("meta"):
+                        yield model_class(copy.deepcopy(config))
+        except Exception as error:  # transformers raises any, depending on what is wrong
+            raise InvalidFileError(
+                f"{file} does not describe a model that transformers can make ({error}): it is damaged, or for "
+                "another version of transformers."
+            ) from error
 
 
 _AUTO_CLASSES = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..adapter_files import check_adapter_config, check_adapter_dtypes
 from ..gptq.base_record import Layers, describe_checkpoint, difference, stored_layers
 from ..gptq.checkpoint import Checkpoint, read_tensors
 from ..gptq.names import StoredNames
@@ -208,7 +209,7 @@ def _inspect(
     file = directory / ADAPTER_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS}. Adapters in pickle format (*.bin) are not read.")
-    read_tensors([file])
+    check_adapter_dtypes(file, {name: tensor.torch_dtype for name, tensor in read_tensors([file]).items()})
     tensors = load_file(file)
     layers = split_layers(tensors)
     recorded = config.get("base_quantization")
@@ -258,10 +259,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}: pass the directory of an adapter.")
     config = read_json(file)
     method = config.get("peft_type")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"{directory} is a {method} adapter: only PEQA, LREC and LoRA adapters can be inspected.")
     if config.get("use_dora"):
         raise ValueError(f"{directory} is a DoRA adapter, whose changes are not the products of its two matrices.")
+    check_adapter_config(file, config)
     return config
 
 

@@ -12,7 +12,7 @@ elementwise over `[R1, R2]`, and the squared singular values of `B A` are the ei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,13 @@ from ..gptq import PackedFormat, PackedTensors
 from ..gptq.layer import dequantize_tensors
 from ..module_names import LOW_RANK, SCALE_DELTAS, split_adapter_key
 from ..ops import newly_clamped, round_scales
+from ..patterns import matching_key, require_quick_patterns
 
 
 BaseLayer = Callable[[str], "tuple[PackedTensors, PackedFormat]"]
 """Returns a layer of the base, given its name."""
+
+_DEFAULT_ALPHA = 8  # of LoRA
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,11 @@ def layer_changes(
         ValueError: an A without its B or the reverse, shapes that do not fit each other or the base, or non-finite
             values.
     """
-    options = config if isinstance(config, Mapping) else config.to_dict()
+    layers = split_layers(tensors)
+    options = _options(config, layers)
     return [
         (_scale_change if len(parts) == 1 else _low_rank_change)(name, parts, options, base)
-        for name, parts in split_layers(tensors).items()
+        for name, parts in layers.items()
     ]
 
 
@@ -95,7 +99,7 @@ def cosine_similarities(
     change in different ways, are left out, and so are zero changes.
     """
     pair = [split_layers(tensors) for tensors in (first, second)]
-    options = [config if isinstance(config, Mapping) else config.to_dict() for config in configs]
+    options = [_options(config, layers) for config, layers in zip(configs, pair)]
     cosines, totals = {}, [0.0, 0.0, 0.0]
     for name, parts in pair[0].items():
         others = pair[1].get(name)
@@ -118,7 +122,7 @@ def split_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.T
     """The adapter's tensors by the name of their layer in the base: `(D,)` or `(A, B)`.
 
     Raises:
-        ValueError: an A without its B or the reverse, ranks that do not fit, or non-finite values.
+        ValueError: an A without its B or the reverse, ranks that do not fit, no values, or non-finite ones.
     """
     layers: dict[str, tuple[torch.Tensor, ...]] = {}
     for key, tensor in tensors.items():
@@ -138,10 +142,19 @@ def split_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.T
                 f"The adapter holds {bad} NaN or infinite values for {name}: it is damaged or its training diverged. "
                 "Use an earlier checkpoint."
             )
+        if any(part.numel() == 0 for part in parts):
+            raise ValueError(f"The adapter holds no values for {name}: it is damaged, save or download it again.")
         if len(parts) == 2 and parts[0].shape[:1] != parts[1].shape[1:]:
             shapes = " and ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(f"A and B of {name} have shapes {shapes}, not [R, K] and [N, R]: the adapter is damaged.")
     return layers
+
+
+def _options(config: Mapping[str, Any] | Any, layers: Collection[str]) -> Mapping[str, Any]:
+    """The options of a configuration, whose `alpha_pattern` can be matched with the layers."""
+    options = config if isinstance(config, Mapping) else config.to_dict()
+    require_quick_patterns({"alpha_pattern": options.get("alpha_pattern")}, layers)
+    return options
 
 
 def _scale_change(
@@ -197,11 +210,8 @@ def _scaling(name: str, parts: Sequence[torch.Tensor], options: Mapping[str, Any
     if len(parts) == 1:
         return 1.0
     rank, alphas = parts[0].shape[0], options.get("alpha_pattern") or {}
-    alpha = options["lora_alpha"]
-    if alphas:
-        from peft.utils.other import get_pattern_key
-
-        alpha = alphas.get(get_pattern_key(alphas, name), alpha)
+    key = matching_key(alphas, name)
+    alpha = options.get("lora_alpha", _DEFAULT_ALPHA) if key is None else alphas[key]
     return alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
 
 

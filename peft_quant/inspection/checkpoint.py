@@ -26,6 +26,8 @@ from .files import open_checkpoint, read_config
 _PARTS = {"qweight": "packed integers", "scales": "scales", "qzeros": "zero points", "g_idx": "group indices"}
 _REST = "other tensors"
 _FORMATS = ("gptq", "gptq_v2")
+_DECLARED = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
+_KINDS = {int: "an integer", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def inspect_checkpoint(
 
     Compares its config with its tensors, and reports sizes, statistics of each layer, which methods train it and which
     engines serve it. Reads files only: needs neither a GPU nor a GPTQ package, and memory for one layer at a time.
-    Damage is listed, not raised.
+    Damage of tensors, of the index and of what the config declares is listed, not raised.
 
     Args:
         path: directory or Hub id of the checkpoint, in safetensors.
@@ -188,6 +190,7 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: there is no `config.json` or, if tensors are read, no `*.safetensors`.
+        InvalidFileError: `config.json` or `quantize_config.json` is damaged.
         ValueError: the checkpoint is not GPTQ.
     """
     described = read_config(path, revision, token)
@@ -204,10 +207,10 @@ def inspect_checkpoint(
                 "`quantize_config.json` or the whole `config.json` too."
             )
         )
-    declared = _declared(quantization, declared_zeros)
+    errors: list[str] = []
+    declared = _declared(quantization, declared_zeros, errors)
     if statistics is None:
         statistics = os.path.isdir(path)
-    errors: list[str] = []
     layers: list[LayerStatistics] = []
     sizes: dict[str, int] = {}
     checkpoint = None
@@ -253,13 +256,21 @@ def inspect_checkpoint(
     )
 
 
-def _declared(quantization: Mapping[str, Any], zeros: str) -> dict[str, Any]:
+def _declared(quantization: Mapping[str, Any], zeros: str, errors: list[str]) -> dict[str, Any]:
+    """What the quantization config declares, None where that is of another type; appends to `errors`."""
+    declared: dict[str, Any] = {"quant_method": quantization["quant_method"]}
+    for name, kind in _DECLARED.items():
+        value = declared[name] = quantization.get(name)
+        if value is not None and type(value) is not kind:
+            errors.append(
+                f"The quantization config has {name}={value!r:.100}, which is not {_KINDS[kind]}: download it again."
+            )
+            declared[name] = None
+    declared["checkpoint_format"] = zeros
     meta = quantization.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
-    declared = {name: quantization.get(name) for name in ("quant_method", "bits", "group_size", "sym", "desc_act")}
-    declared["checkpoint_format"] = zeros
     if writers:
-        declared["quantizer"] = writers if isinstance(writers, str) else ", ".join(map(str, writers))
+        declared["quantizer"] = ", ".join(map(str, writers if isinstance(writers, list) else [writers]))
     return declared
 
 

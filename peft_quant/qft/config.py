@@ -27,7 +27,7 @@ class QFTConfig(QuantizationConfigMixin):
             detects this by itself.
 
     Raises:
-        ValueError: `outlier_ratio` is not between 0 and 0.5.
+        ValueError: `outlier_ratio` is not between 0 and 0.5, or an argument is of another type.
     """
 
     def __init__(
@@ -38,8 +38,16 @@ class QFTConfig(QuantizationConfigMixin):
         experts_apart: bool = False,
         **_: Any,
     ) -> None:
-        if not 0 <= outlier_ratio <= 0.5:
-            raise ValueError(f"outlier_ratio={outlier_ratio}: use a share of 0 to 0.5; the method's is 0.01.")
+        if type(outlier_ratio) not in (int, float) or not 0 <= outlier_ratio <= 0.5:
+            raise ValueError(f"outlier_ratio={outlier_ratio!r}: use a share of 0 to 0.5; the method's is 0.01.")
+        for name, value in (("embeddings", embeddings), ("experts_apart", experts_apart)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: use True or False.")
+        kept = modules_to_not_convert
+        if kept is not None and not (
+            isinstance(kept, (list, tuple, set)) and all(isinstance(name, str) for name in kept)
+        ):
+            raise ValueError(f"modules_to_not_convert={kept!r}: use a list of names.")
         self.quant_method: Any = QUANT_METHOD
         self.outlier_ratio = outlier_ratio
         self.embeddings = embeddings

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,24 +14,27 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..reading import InvalidFileError, read_json
+
 
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]{{1,18}})")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint of a Trainer, which writes `trainer_state.json` last."""
     found = {
-        int(directory.name.rpartition("-")[2]): directory
+        int(match[1]): directory
         for directory in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if directory.name.rpartition("-")[2].isdigit()
+        if (match := _CHECKPOINT.fullmatch(directory.name))
     }
     for step in sorted(found, reverse=True):
         try:
-            json.loads((found[step] / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and was skipped.", found[step])
+            read_json(found[step] / _STATE)
+        except (OSError, InvalidFileError) as error:
+            logger.warning("%s is incomplete and was skipped: %s", found[step], error)
             continue
         return os.fspath(found[step])
     return None

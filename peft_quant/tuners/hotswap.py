@@ -8,7 +8,6 @@ import peft.utils.hotswap
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.other import infer_device
-from peft.utils.save_and_load import load_peft_weights
 
 from ..gptq.fingerprint import is_sampled
 from ..module_names import SCALE_DELTAS
@@ -16,6 +15,7 @@ from .layer import check_finite
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer
+from .saved import load_config, load_weights
 
 
 def hotswap_adapter(
@@ -37,13 +37,16 @@ def hotswap_adapter(
         **kwargs: Hub options such as `revision`, `subfolder` and `token`.
 
     Raises:
+        InvalidFileError: a file of the new adapter is damaged.
         ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options; or
             the new one holds NaN. The model is then unchanged.
     """
-    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    new = load_config(model_name_or_path, **kwargs)
     _require_replaceable(new, model_name_or_path)
+    device = torch_device or infer_device()
+    weights = load_weights(model_name_or_path, device, **kwargs) if isinstance(new, (LRECConfig, PEQAConfig)) else {}
     if isinstance(new, PEQAConfig):
-        _hotswap_peqa(model, new, model_name_or_path, adapter_name, torch_device or infer_device(), **kwargs)
+        _hotswap_peqa(model, new, weights, model_name_or_path, adapter_name)
     else:
         _check_values(model_name_or_path, load_peft_weights(model_name_or_path, device="cpu", **kwargs))
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
@@ -81,7 +84,7 @@ def _require_replaceable(new: PeftConfig, path: str) -> None:
 
 
 def _hotswap_peqa(
-    model: PeftModel, new: PEQAConfig, path: str, adapter_name: str, device: str, **hub_options: Any
+    model: PeftModel, new: PEQAConfig, weights: dict[str, torch.Tensor], path: str, adapter_name: str
 ) -> None:
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace; loaded are {sorted(model.peft_config)}.")
@@ -104,7 +107,6 @@ def _hotswap_peqa(
     }
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter` before replacing it.")
-    weights = load_peft_weights(path, device=device, **hub_options)
     deltas = {f"{name}.{SCALE_DELTAS}": layer.peqa_scales[adapter_name] for name, layer in layers.items()}
     if weights.keys() != deltas.keys():
         difference = sorted(weights.keys() ^ deltas.keys())

@@ -23,6 +23,7 @@ from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..optimizer_steps import StepMonitor, skipped_steps, watch_steps
+from ..patterns import require_quick_patterns
 from ..registry import ask_for_weight
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
@@ -192,6 +193,7 @@ class PackedTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         given = self.peft_config[adapter_name]
+        require_quick_patterns(vars(given), (name for name, _ in model.named_modules()))
         config = self.peft_config[adapter_name] = copy_without_record(given)
         given_targets = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -1,6 +1,7 @@
 """`merge_checkpoint`: files in, files out."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from gptq_models import load, save_tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_quant import InvalidCheckpointError, PEQAConfig, inspect_adapter, merge_checkpoint
+from peft_quant import InvalidCheckpointError, InvalidFileError, PEQAConfig, inspect_adapter, merge_checkpoint
 
 
 def tune(base, directory, bits=4, **options):
@@ -174,6 +175,60 @@ class TestBadInput:
         with pytest.raises(ValueError, match="is a LORA adapter"):
             merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "out")
 
+    @pytest.mark.parametrize(
+        "changes",
+        (
+            {"model_type": "unheard of", "auto_map": {"AutoConfig": "configuration.Config"}},
+            {"model_type": []},
+            {"hidden_size": "wide"},
+            {"hidden_size": 1 << 62},
+            {"num_hidden_layers": 10**9},
+            {"rope_parameters": 5},
+            {"architectures": 5},
+            {"architectures": [["LlamaForCausalLM"]]},
+        ),
+    )
+    def test_a_base_whose_config_describes_no_model(self, tmp_path, changes):
+        base = save_tiny_llama(tmp_path / "base")
+        tune(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+        file = base / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(InvalidFileError, match=r"base/config\.json does not describe a model"):
+            merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+    @pytest.mark.parametrize("part", ("qweight", "qzeros", "scales"))
+    def test_a_base_that_lacks_a_tensor_of_a_layer(self, adapter, tmp_path, part):
+        base = save_tiny_llama(tmp_path / "base")
+        stored = tensors(base)
+        del stored[f"model.layers.0.mlp.up_proj.{part}"]
+        save_file(stored, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj"):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+
+    def test_links_that_leave_the_base(self, adapter, tmp_path):
+        base = save_tiny_llama(tmp_path / "base")
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "key").write_text("secret")
+        for target, message in (("../secret", "to a folder"), ("../secret/key", "to .*, outside of .*base")):
+            (base / "assets").symlink_to(target)
+            with pytest.raises(InvalidFileError, match=f"assets is a link {message}"):
+                merge_checkpoint(base, adapter, tmp_path / "out")
+            (base / "assets").unlink()
+        assert not (tmp_path / "out").exists()
+
+    def test_links_that_multiply(self, adapter, tmp_path):
+        base = save_tiny_llama(tmp_path / "base")
+        for name in ("one", "two"):
+            (base / name).symlink_to(".")
+        with pytest.raises(InvalidFileError, match="is a link to a folder"):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+
+    def test_pipes_in_the_base(self, adapter, tmp_path):
+        base = save_tiny_llama(tmp_path / "base")
+        os.mkfifo(base / "merges.txt")
+        with pytest.raises(InvalidFileError, match=r"merges\.txt is not a regular file"):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+
     def test_interrupted_while_writing(self, checkpoint, adapter, tmp_path, monkeypatch):
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
@@ -181,6 +236,15 @@ class TestBadInput:
         monkeypatch.setattr("peft_quant.export.merge.round_scales", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoint(checkpoint, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ("pipeline", "Trainer", "AutoTokenizer", "utils"))
+def test_names_in_a_config_are_not_called_unless_they_are_models(tmp_path, name):
+    base = save_tiny_llama(tmp_path / "base")
+    tune(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": [name]}))
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
 
 
 def test_an_existing_directory_is_never_overwritten(checkpoint, adapter, tmp_path):

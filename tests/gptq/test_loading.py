@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, convert_to_int8, prepare_gptq_for_training
+from peft_quant import (
+    InvalidCheckpointError,
+    InvalidFileError,
+    LRECConfig,
+    PEQAConfig,
+    convert_to_int8,
+    prepare_gptq_for_training,
+)
 from peft_quant.evaluation.loading import load_model, quantization_of
 from peft_quant.gptq.loading import GPTQCheckpointQuantizer
 from peft_quant.gptq.source import packed_modules
@@ -188,6 +195,23 @@ class TestWhatTheFilesSay:
         file = directory / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 160}))
         with pytest.raises(InvalidCheckpointError, match="the files are of another model"):
+            load(directory)
+
+    @pytest.mark.parametrize(("part", "message"), (("qweight", "are of another model"), ("scales", "has no groups")))
+    def test_tensors_of_other_shapes(self, tmp_path, part, message):
+        directory = save_tiny_llama(tmp_path / "base")
+        name = f"model.layers.0.mlp.up_proj.{part}"
+        tensors = load_file(directory / "model.safetensors")
+        tensors[name] = tensors[name][:0] if part == "scales" else tensors[name].flatten()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InvalidCheckpointError, match=message):
+            load(directory)
+
+    def test_links_that_leave_the_directory(self, tmp_path):
+        directory = save_tiny_llama(tmp_path / "base")
+        (directory / "model.safetensors").rename(tmp_path / "elsewhere")
+        (directory / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(InvalidFileError, match=r"model\.safetensors is a link to .*elsewhere"):
             load(directory)
 
     def test_a_layer_that_the_model_has_no_place_for(self, tmp_path):

@@ -9,7 +9,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from peft_quant import InvalidCheckpointError, LRECConfig, PEQAConfig, compare_adapters, export_lora, inspect_adapter
+from peft_quant import (
+    InvalidCheckpointError,
+    InvalidFileError,
+    LRECConfig,
+    PEQAConfig,
+    compare_adapters,
+    export_lora,
+    inspect_adapter,
+)
 from peft_quant.inspection import is_adapter
 
 
@@ -212,3 +220,58 @@ class TestWhatIsNotInspected:
         (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-4])
         with pytest.raises(InvalidCheckpointError, match="truncated"):
             inspect_adapter(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        (
+            ({"peft_type": ["LREC"]}, r"is a \['LREC'\] adapter"),
+            ({"alpha_pattern": {"(([a-z0-9._]+)+)+!": 8}}, "alpha_pattern has .* too long to match"),
+            ({"alpha_pattern": {"q_proj": "8"}}, "has alpha_pattern="),
+            ({"lora_alpha": None}, "has lora_alpha=None"),
+            ({"lora_alpha": 10**400}, "has lora_alpha="),
+            ({"base_quantization": 5}, "has base_quantization=5"),
+            ({"peft_quant_version": 5}, "has peft_quant_version=5"),
+            ({"base_model_name_or_path": {}}, "has base_model_name_or_path="),
+        ),
+    )
+    def test_configs_of_other_types(self, material, tmp_path, changes, message):
+        directory = shutil.copytree(material[0] / "lrec", tmp_path / "lrec")
+        file = directory / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(ValueError, match=message):
+            inspect_adapter(directory)
+        with pytest.raises(ValueError, match=message):
+            compare_adapters(material[0] / "lrec", directory)
+
+    def test_an_alpha_that_is_left_out_is_loras_default(self, material, tmp_path):
+        directory = shutil.copytree(material[0] / "lrec", tmp_path / "lrec")
+        file = directory / "adapter_config.json"
+        config = json.loads(file.read_text())
+        del config["lora_alpha"]
+        config["alpha_pattern"] = {}
+        file.write_text(json.dumps(config))
+        assert all(change.scaling == 8 / change.rank for change in inspect_adapter(directory).changes)
+
+    @pytest.mark.parametrize(
+        ("tensor", "message"),
+        (
+            (torch.zeros(3, 0), "holds no values for"),
+            (torch.zeros(3, 64, dtype=torch.int32), "as torch.int32, which does not train"),
+            (torch.zeros(3, 64).to(torch.float8_e4m3fn), "as torch.float8_e4m3fn, which does not train"),
+        ),
+    )
+    def test_tensors_of_other_kinds(self, material, tmp_path, tensor, message):
+        directory = shutil.copytree(material[0] / "peqa", tmp_path / "peqa")
+        tensors = load_file(directory / "adapter_model.safetensors")
+        tensors[next(iter(tensors))] = tensor
+        save_file(tensors, directory / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            inspect_adapter(directory)
+
+    @pytest.mark.parametrize("name", ("adapter_config.json", "adapter_model.safetensors"))
+    def test_links_that_leave_the_adapter(self, material, tmp_path, name):
+        directory = shutil.copytree(material[0] / "peqa", tmp_path / "peqa")
+        (directory / name).rename(tmp_path / "secret")
+        (directory / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(InvalidFileError, match=f"{name} is a link to .*secret"):
+            inspect_adapter(directory)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_quant import inspect_checkpoint
+from peft_quant import InvalidFileError, inspect_checkpoint
 from peft_quant.inspection import is_adapter
 from peft_quant.ops.packed.packing import convert_zeros, pack_rows, unpack_rows
 
@@ -245,6 +246,81 @@ class TestDamage:
         (directory / "model-00002-of-00002.safetensors").unlink()
         errors = "\n".join(inspect_checkpoint(directory).errors)
         assert "model-00002-of-00002.safetensors" in errors
+
+    @pytest.mark.parametrize("value", ("four", 4.5, [4], {"a": 4}))
+    @pytest.mark.parametrize("name", ("bits", "group_size", "sym", "desc_act"))
+    def test_declarations_of_other_types(self, directory, name, value):
+        declare(directory, **{name: value}, meta={"quantizer": 5})
+        inspection = inspect_checkpoint(directory)
+        assert inspection.errors == (
+            f"The quantization config has {name}={value!r}, which is not "
+            f"{'an integer' if name in ('bits', 'group_size') else 'true or false'}: download it again.",
+        )
+        assert inspection.declared[name] is None
+        assert inspection.declared["quantizer"] == "5"
+        assert len(inspection.layers) == 14
+        assert "see errors" in inspection.training["PEQA"]
+        assert str(inspection)
+        assert inspect_checkpoint(directory, statistics=False).errors == inspection.errors
+
+    @pytest.mark.parametrize("value", (5, ["gptq"], {"a": 1}, "marlin"))
+    def test_formats_that_are_none(self, directory, value):
+        declare(directory, checkpoint_format=value)
+        inspection = inspect_checkpoint(directory)
+        assert any(error.startswith(f"checkpoint_format={value!r} is neither") for error in inspection.errors)
+        assert str(inspection)
+
+    @pytest.mark.parametrize(
+        "damage",
+        (
+            {f"{LAYER}.scales": torch.ones(3, 0, dtype=torch.float16)},
+            {f"{LAYER}.scales": torch.ones((), dtype=torch.float16)},
+            {f"{LAYER}.scales": torch.ones(3, 64).to(torch.float8_e4m3fn)},
+            {f"{LAYER}.qweight": torch.ones(12, dtype=torch.int32)},
+            {f"{LAYER}.g_idx": torch.ones(96, dtype=torch.int64) << 62},
+            {f"{LAYER}.g_idx": torch.zeros(0, dtype=torch.int32)},
+            {f"{LAYER}.qzeros": torch.zeros(0, 0, dtype=torch.int32)},
+            {
+                f"{LAYER}.qweight": torch.zeros(12, 0, dtype=torch.int32),
+                f"{LAYER}.scales": torch.ones(3, 0, dtype=torch.float16),
+                f"{LAYER}.qzeros": torch.zeros(3, 0, dtype=torch.int32),
+            },
+        ),
+    )
+    def test_tensors_of_other_kinds(self, directory, damage):
+        rewrite(directory, damage)
+        inspection = inspect_checkpoint(directory)
+        assert len(inspection.errors) == 1
+        assert inspection.errors[0].startswith(f"{LAYER} is not a valid GPTQ layer")
+        assert str(inspection)
+
+    @pytest.mark.parametrize("content", ("{", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "../a"}}'))
+    def test_a_damaged_index(self, tmp_path, content):
+        directory = save_tiny_llama(tmp_path / "llama", shards=2)
+        (directory / "model.safetensors.index.json").write_text(content)
+        (error,) = inspect_checkpoint(directory).errors
+        assert "model.safetensors.index.json" in error
+
+    def test_links_and_pipes(self, directory):
+        (directory / "model.safetensors").rename(directory.parent / "elsewhere")
+        (directory / "model.safetensors").symlink_to(directory.parent / "elsewhere")
+        (error,) = inspect_checkpoint(directory).errors
+        assert "model.safetensors is a link to" in error
+        (directory / "model.safetensors").unlink()
+        (directory.parent / "elsewhere").rename(directory / "model.safetensors")
+        os.mkfifo(directory / "other.safetensors")
+        (error,) = inspect_checkpoint(directory).errors
+        assert "other.safetensors is not a regular file" in error
+
+    @pytest.mark.parametrize("content", ("{", "[]", "[" * 10**5))
+    def test_without_a_readable_config_nothing_is_known(self, directory, content):
+        (directory / "config.json").write_text(content)
+        with pytest.raises(InvalidFileError, match=r"config\.json"):
+            inspect_checkpoint(directory)
+
+    def test_a_config_of_many_keys(self, directory):
+        declare(directory, **{f"key{number}": number for number in range(10**5)})
+        assert inspect_checkpoint(directory).errors == ()
 
     def test_another_layout(self, directory):
         declare(directory, checkpoint_format="gptq_p")

@@ -146,6 +146,17 @@ class TestFloatModels:
         with pytest.raises(ValueError, match="outlier_ratio="):
             QFTConfig(outlier_ratio=ratio)
 
+    for option, value in (
+        ("outlier_ratio", [0.1]),
+        ("outlier_ratio", "0.1"),
+        ("embeddings", "no"),
+        ("experts_apart", 1),
+        ("modules_to_not_convert", "lm_head"),
+        ("modules_to_not_convert", [0]),
+    ):
+        with pytest.raises(ValueError, match=f"{option}="):
+            QFTConfig(**{option: value})
+
 
 class TestGPTQ:
     @pytest.mark.parametrize(

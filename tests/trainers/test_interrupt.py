@@ -71,3 +71,21 @@ def test_one_that_was_not_written_to_its_end_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("content", ("[]", "5", "[" * 10**5, '{"epoch": ', "9" * 5000))
+def test_one_with_a_damaged_state_is_passed_over(tmp_path, caplog, content):
+    for step, state in ((2, "{}"), (10, content)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-10 is incomplete and was skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ("checkpoint-²", "checkpoint-٣", "checkpoint--1", "checkpoint-1e3", "checkpoint-" + "9" * 200)
+)
+def test_folders_of_other_names_are_passed_over(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) is None

@@ -1,6 +1,8 @@
 """Saved adapters: of which base they are, and what they may hold."""
 
 import json
+import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -9,10 +11,18 @@ import pytest
 import torch
 from families import FAMILIES
 from gptq_models import load, save_tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_quant import LRECConfig, PEQAConfig, export_lora, hotswap_adapter, inspect_adapter, merge_checkpoint
+from peft_quant import (
+    InvalidFileError,
+    LRECConfig,
+    PEQAConfig,
+    export_lora,
+    hotswap_adapter,
+    inspect_adapter,
+    merge_checkpoint,
+)
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -51,10 +61,12 @@ def change(directory, changes, file="model.safetensors"):
 
 
 def set_record(adapter, record):
+    edit_config(adapter, base_quantization=record)
+
+
+def edit_config(adapter, **options):
     file = adapter / "adapter_config.json"
-    config = json.loads(file.read_text())
-    config["base_quantization"] = record
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
 
 
 class TestTheBase:
@@ -232,6 +244,198 @@ class TestWhatItHolds:
             with pytest.raises(ValueError, match="holds 1 NaN or infinite values"):
                 use()
         assert not (tmp_path / "out").exists()
+
+
+class TestDamagedFiles:
+    """Named before PEFT reads them, whoever reads the adapter."""
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        (
+            (b"", "is not JSON"),
+            (b"{", "is not JSON"),
+            (b"[" * 10**5, "is not JSON"),
+            (b'"peft_type"', "holds a str, not a mapping"),
+            (b"[]", "holds a list, not a mapping"),
+            (b"5", "holds a int, not a mapping"),
+            (b"\xff\xfe", "is not UTF-8"),
+            (b'{"peft_quant_version": "0.1.0"}', "has peft_type=None"),
+            (b'{"base_quantization": {}, "peft_type": "PEQB"}', "has peft_type='PEQB'"),
+            (b'{"peft_quant_version": "0.1.0", "peft_type": []}', r"has peft_type=\[\]"),
+            (b'{"peft_type": "PEQA", "target_modules": 5}', "has target_modules=5, which is not a text or a list"),
+            (b'{"peft_type": "PEQA", "target_modules": [["q_proj"]]}', "has target_modules="),
+            (b'{"peft_type": "LREC", "r": "8"}', "has r='8', which is not an integer"),
+            (b'{"peft_type": "LREC", "rank_pattern": null}', "has rank_pattern=None"),
+            (b'{"peft_type": "LREC", "use_bdlora": "yes"}', "is not a configuration of an adapter .*BdLoraConfig"),
+            (b'{"peft_type": "LREC", "r": 0}', "is not a configuration of an adapter .*use positive integers"),
+            (
+                b'{"peft_type": "PEQA", "task_type": "SOME"}',
+                "is not a configuration of .*Invalid task type",
+            ),
+        ),
+    )
+    def test_configs(self, base, tmp_path, content, message):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_bytes(content)
+        message = rf"adapter_config\.json {message}"
+        with pytest.raises(InvalidFileError, match=message):
+            PeftConfig.from_pretrained(tmp_path / "adapter")
+        with pytest.raises(InvalidFileError, match=message):
+            merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+    @pytest.mark.parametrize("content", ("{}", '{"hidden_size": 4}', '{"peft_type": "PEQB"}', '{"peft_type": [1]}'))
+    def test_configs_of_something_else(self, base, tmp_path, content):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+        message = r"adapter has an adapter_config\.json of another kind"
+        with pytest.raises(InvalidFileError, match=message):
+            merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+        with pytest.raises(InvalidFileError, match=message):
+            export_lora(tmp_path / "adapter", tmp_path / "exported")
+
+    @pytest.mark.parametrize("target", ("elsewhere", "/dev/zero", "adapter_config.json"))
+    def test_links_for_configs(self, base, tmp_path, target):
+        (tmp_path / "elsewhere").write_text('{"peft_type": "LORA"}')
+        (tmp_path / "adapter").mkdir()
+        link = tmp_path / "adapter" / "adapter_config.json"
+        link.symlink_to(target if target != "elsewhere" else tmp_path / target)
+        for read in (merge_checkpoint, lambda _, *paths: export_lora(*paths)):
+            with pytest.raises(InvalidFileError, match=r"adapter_config\.json is (a link|not a regular file)"):
+                read(base, tmp_path / "adapter", tmp_path / "out")
+
+    def test_configs_before_the_model_changes(self, base, adapter):
+        edit_config(adapter, modules_to_save=5)
+        model = load(base)
+        for read in (lambda: PeftModel.from_pretrained(model, adapter), lambda: model.load_adapter(str(adapter))):
+            with pytest.raises(InvalidFileError, match=r"adapter_config\.json has modules_to_save=5"):
+                read()
+        assert not any("peqa" in name or "lora" in name for name, _ in model.named_parameters())
+
+    def test_configs_that_another_one_replaces(self, method, base, adapter):
+        edit_config(adapter, modules_to_save=5)
+        with pytest.raises(InvalidFileError, match=r"adapter_config\.json has modules_to_save=5"):
+            PeftModel.from_pretrained(load(base), adapter, config=type(METHODS[method])(**GIVEN[method]))
+
+    def test_other_methods_are_left_to_peft(self, tmp_path):
+        (tmp_path / "elsewhere").write_text('{"peft_type": "LORA", "r": 2, "modules_to_save": null, "unknown": [5]}')
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").symlink_to(tmp_path / "elsewhere")
+        with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+            assert PeftConfig.from_pretrained(tmp_path / "adapter").r == 2
+
+    @pytest.mark.parametrize("length", (0, 7, 100, -1))
+    def test_truncated_weights(self, base, adapter, method, length):
+        file = adapter / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:length])
+        self.refuse_weights(base, adapter, method, r"adapter_model\.safetensors is (not a safetensors file|truncated)")
+
+    @pytest.mark.parametrize("dtype", (torch.int32, torch.float8_e4m3fn))
+    def test_weights_of_other_dtypes(self, base, adapter, method, dtype):
+        change(
+            adapter,
+            lambda tensors: {name: torch.zeros_like(tensor, dtype=dtype) for name, tensor in tensors.items()},
+            "adapter_model.safetensors",
+        )
+        self.refuse_weights(base, adapter, method, f"as {dtype}, which does not train")
+
+    def test_pickled_weights(self, base, adapter, method):
+        """PEFT reads those, tensors only; work on files does not."""
+        file, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
+        weights = load_file(file)
+        file.unlink()
+        torch.save(weights, pickled)
+        PeftModel.from_pretrained(load(base), adapter)
+        with pytest.raises(InvalidFileError, match=r"has no adapter_model\.safetensors; pickled weights .* not read"):
+            self.read_files(base, adapter, method)
+        for content in (pickled.read_bytes()[:-100], b"", pickle.dumps(Path), b"cos\nsystem\n(S'touch code_ran'\ntR."):
+            pickled.write_bytes(content)
+            with pytest.raises(InvalidFileError, match=r"adapter_model\.bin is damaged"):
+                PeftModel.from_pretrained(load(base), adapter)
+        assert not Path("code_ran").exists()
+        torch.save([1], pickled)
+        with pytest.raises(InvalidFileError, match=r"adapter_model\.bin is damaged"):
+            PeftModel.from_pretrained(load(base), adapter)
+
+    def test_missing_weights(self, base, adapter, method):
+        (adapter / "adapter_model.safetensors").unlink()
+        self.refuse_weights(base, adapter, method, r"has no adapter_model\.safetensors")
+
+    def test_pipes(self, base, adapter, method):
+        (adapter / "adapter_model.safetensors").unlink()
+        os.mkfifo(adapter / "adapter_model.safetensors")
+        self.refuse_weights(base, adapter, method, r"adapter_model\.safetensors is not a regular file")
+
+    @pytest.mark.parametrize("name", ("adapter_config.json", "adapter_model.safetensors"))
+    def test_links_that_leave_the_adapter(self, base, adapter, method, tmp_path, name):
+        (adapter / name).rename(tmp_path / "secret")
+        (adapter / name).symlink_to(tmp_path / "secret")
+        self.refuse_weights(base, adapter, method, rf"{name} is a link to .*secret, outside of .*Copy the file there")
+
+    def refuse_weights(self, base, adapter, method, message):
+        with pytest.raises(InvalidFileError, match=message):
+            PeftModel.from_pretrained(load(base), adapter)
+        with pytest.raises(InvalidFileError, match=message):
+            self.read_files(base, adapter, method)
+        assert not (adapter.parent / "out").exists()
+
+    def read_files(self, base, adapter, method):
+        if method == "peqa":
+            merge_checkpoint(base, adapter, adapter.parent / "out")
+        else:
+            export_lora(adapter, adapter.parent / "out")
+
+    def test_in_the_cache_of_the_hub(self, base, adapter, method, tmp_path):
+        repository, commit = tmp_path / "cache" / "models--user--adapter", "c" * 40
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        adapter.rename(repository / "blobs")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (repository / "snapshots" / commit / name).symlink_to(f"../../blobs/{name}")
+        PeftModel.from_pretrained(load(base), "user/adapter", cache_dir=tmp_path / "cache")
+        file = repository / "blobs" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(InvalidFileError, match=rf"{commit}/adapter_model\.safetensors is truncated"):
+            PeftModel.from_pretrained(load(base), "user/adapter", cache_dir=tmp_path / "cache")
+        (repository / "blobs" / "adapter_config.json").write_text("{")
+        with pytest.raises(InvalidFileError, match=rf"{commit}/adapter_config\.json is not JSON"):
+            PeftModel.from_pretrained(load(base), "user/adapter", cache_dir=tmp_path / "cache")
+
+    def test_before_hot_swapping(self, base, adapter, method):
+        model = PeftModel.from_pretrained(load(base), adapter)
+        file = adapter / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(InvalidFileError, match=r"adapter_model\.safetensors is truncated"):
+            hotswap_adapter(model, str(adapter), "default")
+
+
+class TestPatternsThatWouldNotEnd:
+    PATTERN = "(([a-z0-9._]+)+)+!"
+
+    @pytest.mark.parametrize("option", ("target_modules", "exclude_modules", "modules_to_save"))
+    def test_are_refused_before_they_are_matched(self, base, adapter, option):
+        edit_config(adapter, **{option: [self.PATTERN] if option == "modules_to_save" else self.PATTERN})
+        message = f"{option} has the regular expression .* too long to match"
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(load(base), adapter)
+        with pytest.raises(ValueError, match=message):
+            load(base).load_adapter(str(adapter))
+
+    def test_ranks(self, base, tmp_path):
+        save(load(base), METHODS["lrec"], tmp_path / "adapter")
+        edit_config(tmp_path / "adapter", rank_pattern={self.PATTERN: 2})
+        with pytest.raises(ValueError, match="rank_pattern has the regular expression"):
+            PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+
+    def test_more_entries_than_the_model_has_modules(self, base, adapter):
+        edit_config(adapter, target_modules=[f"layer{number}" for number in range(40_000)])
+        with pytest.raises(ValueError, match="target_modules has 40000 entries, more than there are modules"):
+            PeftModel.from_pretrained(load(base), adapter)
+
+    def test_more_entries_than_any_model_has(self, base, adapter):
+        edit_config(adapter, target_modules=[f"layer{number}" for number in range(100_000)])
+        with pytest.raises(InvalidFileError, match="which is not a text or a list of at most 50000"):
+            PeftModel.from_pretrained(load(base), adapter)
 
 
 class TestMergingOnFiles:

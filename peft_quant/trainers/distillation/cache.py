@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...files import new_file, only_writer
+from ...gptq.checkpoint import read_tensors
+from ...reading import InvalidFileError, read_json, regular_file
 from .loss import TopK, top_k
 from .teacher import ModelTeacher, TeacherOutput, tokenizer_fingerprint
 
@@ -33,6 +35,19 @@ _MANIFEST = "teacher.json"
 _FORMAT = 1
 _SHARD_BYTES = 64 << 20
 _DIGEST_BYTES = 16
+_ENTRIES: dict[str, Any] = {
+    "teacher": str,
+    "tokenizer": (str, type(None)),
+    "vocab_size": int,
+    "k": int,
+    "temperature": (int, float),
+    "data": str,
+    "samples": int,
+    "tokens": int,
+    "shards": list,
+}
+"""The types of what a manifest must have."""
+
 # inputs other than token ids that change a model's output
 _NOT_CACHED = ("inputs_embeds", "position_ids", "token_type_ids")
 
@@ -44,7 +59,8 @@ class CachedTeacher:
         directory: the directory written by [`cache_teacher`].
 
     Raises:
-        ValueError: the directory is not a cache, or the cache is incomplete or damaged.
+        InvalidFileError: a file is damaged.
+        ValueError: the directory is not a cache, or the cache is incomplete.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -86,6 +102,11 @@ class CachedTeacher:
                     "the samples as the model gets them, after truncation and packing, with `cache_teacher`."
                 )
             positions = mask.nonzero().squeeze(1)[:-1]
+            if len(found.indices) != len(positions) or int(found.indices.int().max()) >= self.manifest["vocab_size"]:
+                raise InvalidFileError(
+                    f"The teacher cache {self.directory} has other entries for a sample of {len(ids)} tokens than its "
+                    f"vocabulary and length allow. {_remake(self.directory)}"
+                )
             indices[row, positions] = found.indices.int()
             log_probs[row, positions] = found.log_probs
         entries = TopK(indices.flatten(0, 1), log_probs.flatten(0, 1))
@@ -123,6 +144,7 @@ def cache_teacher(
         The path of `directory`.
 
     Raises:
+        InvalidFileError: a file of the unfinished cache is damaged.
         ValueError: `directory` holds other files or a cache of another teacher, other data or other settings; an
             argument is out of range; or the teacher gives NaN or infinite logits, which are not written.
         TypeError: `data` can be read only once.
@@ -235,14 +257,31 @@ class _Shards:
         self.unwritten: dict[bytes, TopK] = {}
         for shard in manifest["shards"]:
             path = directory / shard["file"]
-            if not path.exists() or _file_digest(path) != shard["sha256"]:
-                raise ValueError(
-                    f"{path} is {'damaged' if path.exists() else 'missing'}: remove {directory} and call "
-                    "`cache_teacher` again."
-                )
+            if not path.exists() or _file_digest(regular_file(path)) != shard.get("sha256"):
+                found = "damaged" if path.exists() else "missing"
+                raise InvalidFileError(f"{path} is {found}: {_remake(directory)}")
+            rows = self._rows(path)
             with safe_open(path, framework="pt") as file:
                 digests, lengths = file.get_tensor("digests"), file.get_tensor("lengths")
+            if (lengths < 0).any() or (lengths > rows).any() or int(lengths.sum()) != rows:
+                raise InvalidFileError(f"{path} has {rows} rows, and others in its samples: {_remake(directory)}")
             self._enter(path, [digest.numpy().tobytes() for digest in digests], lengths)
+
+    def _rows(self, path: Path) -> int:
+        """The number of tokens in a shard, whose tensors are checked for names, shapes and dtypes."""
+        stored = read_tensors([path])
+        samples, rows = (stored[name].shape[:1] if name in stored else () for name in ("lengths", "indices"))
+        k = self.manifest["k"]
+        expected = {
+            "digests": (torch.uint8, (*samples, _DIGEST_BYTES)),
+            "lengths": (torch.int64, samples),
+            "indices": (_index_dtype(self.manifest["vocab_size"]), (*rows, k)),
+            "log_probs": (torch.float16, (*rows, k + 1)),
+        }
+        found = {name: (tensor.torch_dtype, tensor.shape) for name, tensor in stored.items()}
+        if found != expected:
+            raise InvalidFileError(f"{path} has other tensors than a shard with k={k}: {_remake(self.directory)}")
+        return rows[0]
 
     def _enter(self, path: Path, digests: Iterable[bytes], lengths: torch.Tensor) -> None:
         starts = lengths.cumsum(0) - lengths
@@ -269,7 +308,7 @@ class _Shards:
 
     def write(self) -> None:
         """Write the next shard and add it to the manifest."""
-        path = self.directory / f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        path = self.directory / _shard_name(len(self.manifest["shards"]))
         indices, log_probs = zip(*self.unwritten.values())
         lengths = torch.tensor([len(rows) for rows in indices])
         tensors = {
@@ -290,13 +329,34 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / _MANIFEST
     if not path.exists():
         raise ValueError(f"{directory} is not a teacher cache: it has no {_MANIFEST}. Make one with `cache_teacher`.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     if manifest.get("format") != _FORMAT:
         raise ValueError(
             f"The teacher cache {directory} has format {manifest.get('format')}, known is {_FORMAT}: make it again "
             "with `cache_teacher`, or use the version of peft_quant that wrote it."
         )
+    for name, types in _ENTRIES.items():
+        value = manifest.get(name)
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise InvalidFileError(f"{path} has {name}={value!r:.200}: {_remake(directory)}")
+    if not 1 <= manifest["k"] <= manifest["vocab_size"]:
+        raise InvalidFileError(
+            f"{path} has k={manifest['k']} and vocab_size={manifest['vocab_size']}: {_remake(directory)}"
+        )
+    for number, shard in enumerate(manifest["shards"]):
+        if not isinstance(shard, dict) or shard.get("file") != _shard_name(number):
+            raise InvalidFileError(
+                f"{path} has the shard {shard!r:.200}, whose file is not {_shard_name(number)}: {_remake(directory)}"
+            )
     return manifest
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _remake(directory: Path) -> str:
+    return f"remove {directory} and call `cache_teacher` again."
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

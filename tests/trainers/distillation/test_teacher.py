@@ -1,7 +1,9 @@
 """Teachers, in memory, streamed and cached: what they say, and what they refuse."""
 
+import hashlib
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from accelerate import cpu_offload, disk_offload
 from datasets import Dataset
 from gptq_models import float_llama, load
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from peft_quant import cache_teacher
+from peft_quant import InvalidFileError, cache_teacher
 from peft_quant.files import only_writer
 from peft_quant.trainers.distillation import cache as module
 from peft_quant.trainers.distillation.cache import CachedTeacher, data_fingerprint
@@ -233,6 +236,103 @@ def test_damage_is_noticed(cache, damage):
         CachedTeacher(cache)
     with pytest.raises(ValueError, match=message):
         cache_teacher(float_llama(), samples(), cache, k=8)
+
+
+def edit_manifest(cache, **entries):
+    manifest = json.loads((cache / "teacher.json").read_text())
+    (cache / "teacher.json").write_text(json.dumps({**manifest, **entries}))
+
+
+def refuse(cache, message):
+    with pytest.raises(InvalidFileError, match=message):
+        CachedTeacher(cache)
+    with pytest.raises(InvalidFileError, match=message):
+        cache_teacher(float_llama(), samples(), cache, k=8)
+
+
+@pytest.mark.parametrize("content", (b"{", b"[]", b"\xff", b"[" * 10**5, b""))
+def test_a_damaged_manifest_is_named(cache, content):
+    (cache / "teacher.json").write_bytes(content)
+    refuse(cache, r"teacher\.json")
+
+
+@pytest.mark.parametrize("value", (None, "text", 1.5, True, {"a": 1}, [1], [{"file": "shard-00000.safetensors"}, {}]))
+@pytest.mark.parametrize("name", ("teacher", "vocab_size", "k", "temperature", "data", "samples", "tokens", "shards"))
+def test_entries_of_other_types_are_named(cache, name, value):
+    if (name, value) in (("teacher", "text"), ("data", "text"), ("temperature", 1.5)):
+        value = {}  # these are of the right type
+    edit_manifest(cache, **{name: value})
+    with pytest.raises(InvalidFileError, match=rf"teacher\.json has ({name}=|the shard)|shard-00000.* is damaged"):
+        CachedTeacher(cache)
+
+
+@pytest.mark.parametrize("k", (0, -1, 129, 10**12))
+def test_a_k_that_the_vocabulary_does_not_have_is_named(cache, k):
+    edit_manifest(cache, k=k)
+    refuse(cache, rf"teacher\.json has k={k} and vocab_size=128")
+
+
+@pytest.mark.parametrize("name", ("../other.safetensors", "/other.safetensors", "shard-00007.safetensors"))
+def test_shards_of_other_names_are_not_read(cache, tmp_path, name):
+    path = cache / "shard-00000.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.rename((cache / name) if not name.startswith("/") else tmp_path / "absolute")
+    edit_manifest(cache, shards=[{"file": name, "sha256": digest}])
+    refuse(cache, r"teacher\.json has the shard .*, whose file is not shard-00000\.safetensors")
+
+
+def test_links_that_leave_the_cache_are_not_followed(cache, tmp_path):
+    path = cache / "shard-00000.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    refuse(cache, r"shard-00000\.safetensors is a link to .*elsewhere")
+    path.unlink()
+    os.mkfifo(path)
+    refuse(cache, r"shard-00000\.safetensors is not a regular file")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    (
+        ({"lengths": None}, "has other tensors than a shard with k=8"),
+        ({"lengths": lambda lengths: lengths.int()}, "has other tensors than a shard with k=8"),
+        ({"digests": lambda digests: digests[:1]}, "has other tensors than a shard with k=8"),
+        ({"log_probs": lambda log_probs: log_probs[:, 1:].clone()}, "has other tensors than a shard with k=8"),
+        ({"lengths": lambda lengths: lengths + 1}, "rows, and others in its samples"),
+        ({"lengths": lambda lengths: -lengths}, "rows, and others in its samples"),
+    ),
+)
+def test_a_shard_of_other_tensors_is_named(cache, tensors, message):
+    rewrite_shard(cache, **tensors)
+    refuse(cache, rf"shard-00000\.safetensors .*{message}")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    (
+        {"indices": lambda indices: (indices.int() + 128).to(torch.uint16)},
+        {"lengths": lambda lengths: lengths.flip(0)},
+    ),
+)
+def test_a_sample_of_other_entries_is_named(cache, tensors):
+    rewrite_shard(cache, **tensors)
+    with pytest.raises(InvalidFileError, match="tokens than its vocabulary and length allow"):
+        for row in samples():
+            CachedTeacher(cache)(batch([row]))
+
+
+def rewrite_shard(cache, **changes):
+    """Change tensors of the first shard, and its digest in the manifest."""
+    path = cache / "shard-00000.safetensors"
+    tensors = load_file(path)
+    for name, change in changes.items():
+        old = tensors.pop(name)
+        if change is not None:
+            tensors[name] = change(old).contiguous()
+    save_file(tensors, path)
+    manifest = json.loads((cache / "teacher.json").read_text())
+    manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_manifest(cache, shards=manifest["shards"])
 
 
 class Tokenizer:
