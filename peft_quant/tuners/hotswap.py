@@ -16,6 +16,7 @@ from .layer import check_finite
 from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer
+from .switching import hotswapping
 
 
 def hotswap_adapter(
@@ -109,6 +110,6 @@ def _hotswap_peqa(
     for key, weight in weights.items():
         check_finite(f"{path}: {key}", weight)
     model.base_model.require_base(adapter_name, new.base_quantization, new.base_model_name_or_path)
-    with torch.no_grad():
+    with hotswapping(model), torch.no_grad():
         for key, delta in deltas.items():
             delta.copy_(weights[key])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,9 +26,21 @@ from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..registry import ask_for_weight
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
+from .switching import add_gate, remove_gate, switches, switching
 
 
 _ALL_LINEAR = "all-linear"
+_SWITCHES = (
+    "_unload_and_optionally_merge",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapter_layers",
+    "enable_adapter_layers",
+    "inject_adapter",
+    "merge_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+)
 
 
 class PackedTuner(BaseTuner):
@@ -40,6 +52,11 @@ class PackedTuner(BaseTuner):
     """
 
     linear_class: type[AdaptedLinear]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _SWITCHES:
+            setattr(cls, name, switches(getattr(cls, name)))
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
         """Apply `fn`, but keep the dtype of the scales of all GPTQ layers, with or without an adapter."""
@@ -191,6 +208,7 @@ class PackedTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        add_gate(model)
         given = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = copy_without_record(given)
         given_targets = config.target_modules
@@ -237,6 +255,11 @@ class PackedTuner(BaseTuner):
     def _wrappers(self) -> list[ModulesToSaveWrapper]:
         return [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_gate(model)
+        return model
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Pass `adapter_names`, one name (or "__base__") per sample, to the layers: mixed batches at inference."""
@@ -259,17 +282,13 @@ class PackedTuner(BaseTuner):
         encoder_modules = set(self.model.get_encoder().modules()) if has_encoder else set()
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
-        handles = []
-        for module in self.modules():
-            if isinstance(module, (self.linear_class, AuxiliaryTrainingWrapper)):
-                names = list(adapter_names) if module in encoder_modules else repeated
-                hook = partial(_pass_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with switching(self), ExitStack() as handles:
+            for module in self.modules():
+                if isinstance(module, (self.linear_class, AuxiliaryTrainingWrapper)):
+                    names = list(adapter_names) if module in encoder_modules else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 ask_for_weight(is_prepared)
