@@ -28,7 +28,8 @@ def hotswap_adapter(
 ) -> None:
     """Replace the values of a loaded adapter with those of another one, in place.
 
-    Extends PEFT's function of the same name to PEQA; LREC and other adapters are passed on to PEFT's.
+    Extends PEFT's function of the same name to PEQA; LREC and other adapters are passed on to PEFT's. Forwards of
+    other threads have all the old values or all the new ones.
 
     Args:
         model: the model with the loaded adapter; it may be compiled.

@@ -23,10 +23,10 @@ from ..gptq.loading import require_readable
 from ..gptq.prepare import is_prepared
 from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
-from ..registry import ask_for_weight
+from ..registry import ask_for_weight, wrap_method
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
-from .switching import add_gate, remove_gate, switches, switching
+from .switching import add_gate, remove_gate, switch, switching
 
 
 _ALL_LINEAR = "all-linear"
@@ -56,7 +56,7 @@ class PackedTuner(BaseTuner):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in _SWITCHES:
-            setattr(cls, name, switches(getattr(cls, name)))
+            wrap_method(cls, name, switch)
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
         """Apply `fn`, but keep the dtype of the scales of all GPTQ layers, with or without an adapter."""

@@ -7,9 +7,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from threading import Condition, get_ident
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import peft.peft_model
 import peft.utils.hotswap
@@ -26,8 +26,6 @@ from .layer import AdaptedLinear
 
 
 _GATE = "_adapter_gate"
-
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class AdapterGate:
@@ -149,18 +147,8 @@ def hotswapping(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def switches(method: Method) -> Method:
-    """Let a method of a model run in [`switching`]."""
-
-    @wraps(method)
-    def alone(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with switching(self):
-            return method(self, *args, **kwargs)
-
-    return cast(Method, alone)
-
-
-def _switch(stock: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def switch(stock: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Wrapper of a method that switches a model's adapters; see [`wrap_method`]."""
     with switching(model):
         return stock(model, *args, **kwargs)
 
@@ -221,7 +209,7 @@ for _owner in (PeftModel, BaseTuner, PreTrainedModel):
     wrap_method(_owner, "__call__", _forward)
 wrap_method(GenerationMixin, "generate", _forward)
 for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
-    wrap_method(PreTrainedModel, _name, _switch)
-wrap_method(PeftModel, "add_adapter", _switch)
-wrap_method(peft.peft_model, "set_peft_model_state_dict", _switch)
+    wrap_method(PreTrainedModel, _name, switch)
+wrap_method(PeftModel, "add_adapter", switch)
+wrap_method(peft.peft_model, "set_peft_model_state_dict", switch)
 wrap_method(peft.utils.hotswap, "hotswap_adapter_from_state_dict", _hotswap)

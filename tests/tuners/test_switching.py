@@ -145,11 +145,19 @@ class TestAForwardKeepsItsAdapter:
         assert torch.equal(during(pair, partial(logits, pair, input_ids), switch, threads), expected)
 
     @needs_native_adapters
-    @pytest.mark.parametrize("switch", ("set_adapter", "add_adapter", "delete_adapter", "disable_adapters"))
-    def test_in_a_model_of_transformers(self, bare, config, input_ids, threads, switch):
-        arguments = {"set_adapter": ["other"], "add_adapter": [config(), "new"], "delete_adapter": ["default"]}
+    @pytest.mark.parametrize(
+        "switch", ("set_adapter", "add_adapter", "load_adapter", "delete_adapter", "disable_adapters")
+    )
+    def test_in_a_model_of_transformers(self, bare, pair, config, input_ids, threads, switch, tmp_path):
+        arguments = {
+            "set_adapter": ["other"],
+            "add_adapter": [config(), "new"],
+            "load_adapter": [str(saved(pair, "other", tmp_path)), "new"],
+            "delete_adapter": ["default"],
+            "disable_adapters": [],
+        }
         expected = logits(bare, input_ids)
-        change = partial(getattr(bare, switch), *arguments.get(switch, []))
+        change = partial(getattr(bare, switch), *arguments[switch])
         assert torch.equal(during(bare, partial(logits, bare, input_ids), change, threads), expected)
         assert not torch.equal(logits(bare, input_ids), expected)
 
