@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..registry import ask_for_weight, wrap_method
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
-from .switching import add_gate, remove_gate, switch, switching
+from .switching import add_gate, remove_gate, switch
 
 
 _ALL_LINEAR = "all-linear"
@@ -282,13 +282,17 @@ class PackedTuner(BaseTuner):
         encoder_modules = set(self.model.get_encoder().modules()) if has_encoder else set()
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
-        with switching(self), ExitStack() as handles:
-            for module in self.modules():
-                if isinstance(module, (self.linear_class, AuxiliaryTrainingWrapper)):
-                    names = list(adapter_names) if module in encoder_modules else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (self.linear_class, AuxiliaryTrainingWrapper)):
+                names = list(adapter_names) if module in encoder_modules else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 ask_for_weight(is_prepared)

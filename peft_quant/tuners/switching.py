@@ -14,7 +14,7 @@ from typing import Any
 import peft.peft_model
 import peft.utils.hotswap
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.autograd import Variable
@@ -109,7 +109,7 @@ _gates: weakref.WeakSet[AdapterGate] = weakref.WeakSet()
 
 
 def _open_gates() -> None:
-    for gate in _gates:
+    for gate in list(_gates):
         gate._open()
 
 
@@ -162,8 +162,9 @@ def _forward(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwarg
     gate: AdapterGate | None = None if torch.compiler.is_compiling() else getattr(model, _GATE, None)
     if gate is None:
         return stock(model, *args, **kwargs)
-    # a mixed batch registers hooks, which other threads' forwards would run
-    with gate.switch() if kwargs.get("adapter_names") is not None else nullcontext(), gate.forward() as outermost:
+    # hooks pass a mixed batch its names, which other threads' forwards would run as well
+    alone = nullcontext() if kwargs.get("adapter_names") is None else gate.switch()
+    with alone, gate.forward() as outermost:
         output = stock(model, *args, **kwargs)
         if outermost:
             _check_backward(gate, model, output)
@@ -207,7 +208,8 @@ def _selection(model: nn.Module) -> Any:
 
 for _owner in (PeftModel, BaseTuner, PreTrainedModel):
     wrap_method(_owner, "__call__", _forward)
-wrap_method(GenerationMixin, "generate", _forward)
+for _owner in (PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, GenerationMixin):
+    wrap_method(_owner, "generate", _forward)
 for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
     wrap_method(PreTrainedModel, _name, switch)
 wrap_method(PeftModel, "add_adapter", switch)

@@ -137,6 +137,12 @@ class TestAForwardKeepsItsAdapter:
         forward = partial(logits, pair, input_ids)
         assert torch.equal(during(pair, forward, pair.unmerge_adapter, threads), expected)
 
+    @pytest.mark.parametrize("method", ("PEQA",), indirect=True)
+    def test_disabling_unmerges_so_that_no_forward_does(self, pair):
+        pair.merge_adapter()
+        pair.base_model.disable_adapter_layers()
+        assert pair.get_model_status().merged_adapters == []
+
     @pytest.mark.parametrize("method", ("LREC",), indirect=True)
     def test_in_hot_swapping_by_peft(self, pair, input_ids, threads, tmp_path):
         other = saved(pair, "other", tmp_path)
@@ -244,6 +250,25 @@ class TestMixedBatches:
             wait_until(lambda: second.done() or pair._adapter_gate._waiting)
         assert torch.equal(first.result(), expected[0])
         assert torch.equal(second.result(SECONDS), expected[1])
+
+    def test_are_of_disabled_adapters_to_their_end(self, pair, input_ids, threads):
+        """As `generate` asks whether adapters are enabled before it registers the names."""
+        generate = partial(pair.generate, input_ids=input_ids, adapter_names=["default", "other"], **GREEDY)
+        pair.base_model.disable_adapter_layers()
+        disabled = generate()
+        hooks = pair._enable_peft_forward_hooks
+        switched = []
+
+        @contextmanager
+        def enabled_meanwhile(*args, **kwargs):
+            with hooks(*args, **kwargs):
+                switched.append(threads.submit(pair.base_model.enable_adapter_layers))
+                wait_until(lambda: switched[0].done() or pair._adapter_gate._waiting)
+                yield
+
+        pair._enable_peft_forward_hooks = enabled_meanwhile
+        assert torch.equal(generate(), disabled)
+        switched[0].result(SECONDS)
 
     def test_leave_other_threads_their_adapter(self, pair, input_ids, threads):
         expected = logits(pair, input_ids)
