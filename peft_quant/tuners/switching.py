@@ -11,7 +11,6 @@ from functools import partial
 from threading import Condition, get_ident
 from typing import Any
 
-import peft.peft_model
 import peft.utils.hotswap
 import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
@@ -210,8 +209,8 @@ for _owner in (PeftModel, BaseTuner, PreTrainedModel):
     wrap_method(_owner, "__call__", _forward)
 for _owner in (PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, GenerationMixin):
     wrap_method(_owner, "generate", _forward)
+for _name in ("add_adapter", "load_adapter"):
+    wrap_method(PeftModel, _name, switch)
 for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
     wrap_method(PreTrainedModel, _name, switch)
-wrap_method(PeftModel, "add_adapter", switch)
-wrap_method(peft.peft_model, "set_peft_model_state_dict", switch)
 wrap_method(peft.utils.hotswap, "hotswap_adapter_from_state_dict", _hotswap)

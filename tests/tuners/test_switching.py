@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Event
 
+import peft.peft_model
 import peft.utils.hotswap
 import pytest
 import torch
@@ -242,6 +243,25 @@ class TestForwards:
 
 
 class TestMixedBatches:
+    def test_wait_for_the_weights_of_an_adapter(self, pair, input_ids, threads, tmp_path, monkeypatch):
+        other = saved(pair, "other", tmp_path)
+        expected = logits(pair, input_ids, adapter_names=["other", "other"])
+        inside, resume, read = Event(), Event(), peft.peft_model.load_peft_weights
+
+        def held_read(*args, **kwargs):
+            inside.set()
+            assert resume.wait(SECONDS)
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr("peft.peft_model.load_peft_weights", held_read)
+        loaded = threads.submit(pair.load_adapter, other, "new")
+        assert inside.wait(SECONDS)
+        batch = threads.submit(logits, pair, input_ids, adapter_names=["new", "new"])
+        wait_until(lambda: batch.done() or pair._adapter_gate._waiting)
+        resume.set()
+        loaded.result(SECONDS)
+        assert torch.equal(batch.result(SECONDS), expected)
+
     def test_of_two_threads_at_once(self, pair, input_ids, threads):
         batches = (["default", "other"], ["other", "__base__"])
         expected = [logits(pair, input_ids, adapter_names=names) for names in batches]
