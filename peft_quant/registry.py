@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from .compat import let_enum_find
 
 
-_WRAPPED = "_peft_quant_wrapped"
+_WRAPPERS = "_peft_quant_wrappers"
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -126,23 +126,25 @@ def replace_gptq_solver(solver_class: type[Any]) -> Iterator[None]:
         quantizer.GPTQ = stock
 
 
-def wrap_method(owner: type[Any], name: str, method: Callable[..., Any]) -> None:
-    """Wrap a method of a class of PEFT or transformers. Idempotent.
+def wrap_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
+    """Wrap a method of a class of PEFT or transformers, or a function of a module. Idempotent.
 
     Args:
-        owner: the class; parents from which it inherits the method are not changed.
+        owner: the class or module; parents from which a class inherits the method are not changed.
         name: name of the method.
-        method: the wrapper, called as `method(stock, self, ...)`, where `stock` is the original method.
+        method: the wrapper, called as `method(stock, self, ...)`, where `stock` is the original method or an earlier
+            wrapper of it.
     """
     stock = getattr(owner, name)
-    if hasattr(stock, _WRAPPED):
+    wrappers, wrapper = getattr(stock, _WRAPPERS, ()), f"{method.__module__}.{method.__qualname__}"
+    if wrapper in wrappers:
         return
 
     @wraps(stock)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(stock, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return method(stock, *args, **kwargs)
 
-    setattr(wrapped, _WRAPPED, True)
+    setattr(wrapped, _WRAPPERS, (*wrappers, wrapper))
     setattr(owner, name, wrapped)
 
 

@@ -16,6 +16,7 @@ from .lrec.config import LRECConfig
 from .peqa.config import PEQAConfig
 from .peqa.layer import PEQALayer
 from .saved import load_config, load_weights
+from .switching import hotswapping
 
 
 def hotswap_adapter(
@@ -27,7 +28,8 @@ def hotswap_adapter(
 ) -> None:
     """Replace the values of a loaded adapter with those of another one, in place.
 
-    Extends PEFT's function of the same name to PEQA; LREC and other adapters are passed on to PEFT's.
+    Extends PEFT's function of the same name to PEQA; LREC and other adapters are passed on to PEFT's. Forwards of
+    other threads have all the old values or all the new ones.
 
     Args:
         model: the model with the loaded adapter; it may be compiled.
@@ -48,7 +50,7 @@ def hotswap_adapter(
     if isinstance(new, PEQAConfig):
         _hotswap_peqa(model, new, weights, model_name_or_path, adapter_name)
     else:
-        _check_values(model_name_or_path, load_peft_weights(model_name_or_path, device="cpu", **kwargs))
+        _check_values(model_name_or_path, weights)
         peft.utils.hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **kwargs)
 
 
@@ -116,6 +118,6 @@ def _hotswap_peqa(
         )
     _check_values(path, weights)
     model.base_model.require_base(adapter_name, new.base_quantization, new.base_model_name_or_path)
-    with torch.no_grad():
+    with hotswapping(model), torch.no_grad():
         for key, delta in deltas.items():
             delta.copy_(weights[key])

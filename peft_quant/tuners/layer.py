@@ -30,6 +30,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...]
 
     active_adapters: list[str]
+    merged_adapters: list[str]
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
     unmerge: Callable[[], None]
@@ -69,11 +70,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 for parameter in [adapter] if isinstance(adapter, nn.Parameter) else adapter.parameters():
                     parameter.data = parameter.data.to(dtype)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        if self.merged and not enabled:
+            self.unmerge()  # PEFT does it in forward, which may run in several threads
+        super().enable_adapters(enabled)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.adapted_forward(x, [])
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names)

@@ -24,12 +24,24 @@ from ..gptq.source import Source, packed_modules
 from ..gptq.zero_points import checkpoint_format, keep_checkpoint_format
 from ..optimizer_steps import StepMonitor, skipped_steps, watch_steps
 from ..patterns import require_quick_patterns
-from ..registry import ask_for_weight
+from ..registry import ask_for_weight, wrap_method
 from .layer import AdaptedLinear
 from .recorded_base import RecordedBase, copy_without_record, shared_config
+from .switching import add_gate, remove_gate, switch
 
 
 _ALL_LINEAR = "all-linear"
+_SWITCHES = (
+    "_unload_and_optionally_merge",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapter_layers",
+    "enable_adapter_layers",
+    "inject_adapter",
+    "merge_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+)
 
 
 class PackedTuner(BaseTuner):
@@ -41,6 +53,11 @@ class PackedTuner(BaseTuner):
     """
 
     linear_class: type[AdaptedLinear]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _SWITCHES:
+            wrap_method(cls, name, switch)
 
     def _apply(self, fn: Apply, recurse: bool = True) -> Any:
         """Apply `fn`, but keep the dtype of the scales of all GPTQ layers, with or without an adapter."""
@@ -192,6 +209,7 @@ class PackedTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        add_gate(model)
         given = self.peft_config[adapter_name]
         require_quick_patterns(vars(given), (name for name, _ in model.named_modules()))
         config = self.peft_config[adapter_name] = copy_without_record(given)
@@ -247,6 +265,11 @@ class PackedTuner(BaseTuner):
 
     def _wrappers(self) -> list[ModulesToSaveWrapper]:
         return [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_gate(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

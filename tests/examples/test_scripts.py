@@ -24,7 +24,11 @@ OPTIONS = {
         *("--float-model", f"{{assets}}/{FLOAT_MODEL}", "--data", "{assets}/wikipedia", *EVAL_DATA, *SHORT),
         *("--task-data", "{assets}/king-james", "--calibration", "4", "--rank", "4"),
     ),
-    "merge_and_serve": ("--adapter", "{adapter}", "--eval-data", "{assets}/king-james", "--windows", "2"),
+    "merge_and_serve": ("--adapter", "{adapters}/one", "--eval-data", "{assets}/king-james", "--windows", "2"),
+    "mixed_batch_serving": (
+        *("--adapters", "{adapters}/one", "{adapters}/other", "--prompts", "w1 w2", "w3 w4 w5", "--requests", "12"),
+        *("--clients", "6", "--batch-size", "4", "--capacity", "4", "--max-new-tokens", "4"),
+    ),
     "multi_gpu": ("--data", "{assets}/king-james", "--steps", "3", "--sequence-length", "64"),
     "multi_task_switching": (
         *("--tasks", "{assets}/king-james", "{assets}/wikipedia", "{assets}/wordnet"),
@@ -39,6 +43,7 @@ OPTIONS = {
 PRINTED = {
     "lrec_correction": ["| initialized: whitened |", "| task, with the corrected adapter |"],
     "merge_and_serve": ["adapter against merged: 0 in the same arithmetic", "What is a lighthouse?\n> "],
+    "mixed_batch_serving": ["12 answers of 2 adapters and the base: each is its adapter's own"],
     "multi_gpu": ["tokens/s together"],
     "multi_task_switching": ["logits are the same, whichever way"],
     "peqa_finetuning": ["| merged, plain transformers |", "adapter against merged: 0 in the same arithmetic"],
@@ -58,10 +63,12 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def adapter(assets, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("adapter")
-    config = PEQAConfig(task_type="CAUSAL_LM", init_weights=False)
-    get_peft_model(load(assets / GPTQ_MODEL), config).save_pretrained(directory)
+def adapters(assets, tmp_path_factory):
+    """A directory with two adapters, `one` and `other`."""
+    directory = tmp_path_factory.mktemp("adapters")
+    for name in ("one", "other"):
+        config = PEQAConfig(task_type="CAUSAL_LM", init_weights=False)
+        get_peft_model(load(assets / GPTQ_MODEL), config).save_pretrained(directory / name)
     return directory
 
 
@@ -71,10 +78,10 @@ def test_none_is_left_out():
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_it_runs(name, assets, adapter, tmp_path, monkeypatch, capfd):
+def test_it_runs(name, assets, adapters, tmp_path, monkeypatch, capfd):
     script = shutil.copy(EXAMPLES / name / f"{name}.py", tmp_path)
     model = FLOAT_MODEL if name == "qft_finetuning" else GPTQ_MODEL
-    options = [option.format(assets=assets, adapter=adapter) for option in OPTIONS[name]]
+    options = [option.format(assets=assets, adapters=adapters) for option in OPTIONS[name]]
     monkeypatch.setattr(sys, "argv", [script, "--model", str(assets / model), *options, "--out", "out"])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(script, run_name="__main__")
