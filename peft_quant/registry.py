@@ -185,14 +185,14 @@ def read_adapter_configs(read: Callable[[Callable[[str], Any], str], Any]) -> No
         read: called as `read(stock, file)`, where `stock(file)` returns the content as PEFT reads it.
     """
     stock = PeftConfigMixin.from_json_file
-    if hasattr(stock, _WRAPPED):
+    if hasattr(stock, _WRAPPERS):
         return
 
     @wraps(stock)
     def from_json_file(cls: type[PeftConfigMixin], path_json_file: str, **kwargs: Any) -> Any:
         return read(stock, path_json_file)
 
-    setattr(from_json_file, _WRAPPED, True)
+    setattr(from_json_file, _WRAPPERS, (read.__qualname__,))
     PeftConfigMixin.from_json_file = classmethod(from_json_file)
 
 
