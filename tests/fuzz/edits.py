@@ -8,6 +8,7 @@ An edit is a list of JSON values, so that an input can be kept as a readable fil
     ["grow", FILE, PATH, KIND, SIZE]      a value of that size; KIND is one of `GROWN`
     ["splice", FILE, BEGIN, LENGTH, TEXT] bytes replaced, wherever they are; TEXT is UTF-8 with surrogate escapes
     ["copy", FILE, FROM]                  another file's content
+    ["rename", FILE, TO]
     ["remove", FILE]
     ["link", FILE, TARGET]                a symbolic link
     ["fifo", FILE]
@@ -82,11 +83,20 @@ def inputs(files: Files) -> st.SearchStrategy[list[Edit]]:
     of_directory = st.one_of(
         _edit("copy", st.sampled_from(names), st.sampled_from(names)),
         _edit("remove", st.sampled_from(names)),
+        _edit("rename", st.sampled_from(names), st.sampled_from([new for name in names for new in _renamed(name)])),
         _edit("link", st.sampled_from(names), st.sampled_from([*names, ".", "..", "/dev/zero", "../outside/secret"])),
         _edit("fifo", st.sampled_from(names)),
         _edit("directory", st.sampled_from(names)),
     )
     return st.lists(st.one_of(*of_files, of_directory), min_size=1, max_size=4)
+
+
+def _renamed(name: str) -> Iterator[str]:
+    """The name with its file or one of its directories named otherwise."""
+    parts = name.split("/")
+    for i, part in enumerate(parts):
+        for suffix in ("²", "0", ".partial", " "):
+            yield "/".join([*parts[:i], f"{part}{suffix}", *parts[i + 1 :]])
 
 
 def _edit(operation: str, *parts: Any) -> st.SearchStrategy[Edit]:
@@ -126,6 +136,8 @@ def write(files: Files, edits: list[Edit], directory: Path) -> None:
             special[name] = edit
         elif operation == "remove":
             del contents[name]
+        elif operation == "rename":
+            contents[rest[0]] = contents.pop(name)
         elif operation == "copy":
             contents[name] = contents.get(rest[0], b"")
         elif operation == "splice":

@@ -9,8 +9,8 @@ A reader of other people's files may
 - raise an error of another package that its target names, because the docstring leaves it to that package.
 
 It may take a second of processor time, open files of the directory it was given and of installed packages, and write
-into that directory. Anything else is a [`Failure`]: other errors, more time, other files, network, new processes,
-unpickling of classes.
+into that directory. Anything else is a [`BrokenRuleError`]: other errors, more time, other files, network, new
+processes, unpickling of classes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ SECONDS = 1.0
 """Processor time that an input may take."""
 _PATIENCE = 3.0  # seconds after which a call that waits is ended
 
+_INSTALLED = (sys.prefix, sys.base_prefix, PACKAGE.parent, *filter(os.path.isabs, sys.path))
 _READABLE = tuple(
-    os.path.realpath(path) + os.sep
-    for path in (sys.prefix, sys.base_prefix, PACKAGE.parent, *filter(os.path.isabs, sys.path), "/proc", "/sys")
-) + ("/dev/null", "/dev/urandom")
+    f"{os.path.realpath(path)}{os.sep}" for path in (*_INSTALLED, "/proc", "/sys", "/dev/null", "/dev/urandom")
+)
 _WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 _LISTS = {"os.listdir", "os.scandir"}
 _NEVER = {
@@ -56,7 +56,7 @@ _NEVER = {
 }
 
 
-class Failure(AssertionError):
+class BrokenRuleError(AssertionError):
     """An input broke the rule.
 
     Attributes:
@@ -98,7 +98,7 @@ class Target:
         """Read an input; whether it was accepted.
 
         Raises:
-            Failure: the input broke the rule.
+            BrokenRuleError: the input broke the rule.
         """
         with _sandbox() as directory:
             write(self.files, edits, directory)
@@ -117,21 +117,47 @@ class Target:
                 self.read(directory)
                 accepted = True
             except _Hang as error:
-                raise Failure(f"hang in {_where(error)}", f"it was ended after {_PATIENCE:g} s") from error
+                raise BrokenRuleError(f"hang in {_where(error)}", f"it was ended after {_PATIENCE:g} s") from error
             except Exception as error:
                 if not self._documents(error):
-                    raise Failure(f"{type(error).__name__} in {_where(error)}", str(error)) from error
+                    raise BrokenRuleError(f"{type(error).__name__} in {_where(error)}", str(error)) from error
         seconds = time.process_time() - begin
         if seen:
-            raise Failure(seen[0][0], seen[0][1])
+            raise BrokenRuleError(seen[0][0], seen[0][1])
         if seconds > SECONDS:
-            raise Failure("slow", f"it took {seconds:.1f} s of processor time")
+            raise BrokenRuleError("slow", f"it took {seconds:.1f} s of processor time")
         return accepted
 
     def _documents(self, error: Exception) -> bool:
-        if isinstance(error, InvalidFileError) or isinstance(error, self.foreign):
+        if isinstance(error, (InvalidFileError, *self.foreign)):
             return True
         return isinstance(error, (ValueError, *self.errors)) and _is_raised_here(error)
+
+
+def minimized(target: Target, edits: list[Edit], kind: str) -> list[Edit]:
+    """The edits without those that a failure does not need, each with the simplest values that keep it."""
+
+    def fails(edits: list[Edit]) -> bool:
+        try:
+            target.check(edits)
+        except BrokenRuleError as error:
+            return error.kind == kind
+        return False
+
+    position = 0
+    while position < len(edits):
+        without = [*edits[:position], *edits[position + 1 :]]
+        if fails(without):
+            edits = without
+            continue
+        *edit, value = edits[position]
+        for simpler in (0, 1, 2, 100, "", "a", [], {}) if edit[0] in ("set", "grow", "splice") else ():
+            changed = [*edits[:position], [*edit, simpler], *edits[position + 1 :]]
+            if type(simpler) is type(value) and len(str(simpler)) < len(str(value)) and fails(changed):
+                edits = changed
+                break
+        position += 1
+    return edits
 
 
 def _is_raised_here(error: BaseException) -> bool:

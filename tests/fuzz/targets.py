@@ -133,7 +133,9 @@ def _record() -> dict[str, Any]:
 
 
 def _adapter(config: Any, parts: dict[str, torch.Tensor], others: dict[str, torch.Tensor] | None = None) -> Files:
-    tensors = {f"base_model.model.{layer}.{part}": tensor.clone() for layer in _LAYERS for part, tensor in parts.items()}
+    tensors = {
+        f"base_model.model.{layer}.{part}": tensor.clone() for layer in _LAYERS for part, tensor in parts.items()
+    }
     options = {**config.to_dict(), "base_model_name_or_path": "user/base"}
     return {"adapter_config.json": _json(options), "adapter_model.safetensors": save({**tensors, **(others or {})})}
 
@@ -443,9 +445,7 @@ def _unfinished() -> Files:
         finished = FinishedLayers(Path(directory, "state"), _SETTINGS)
         finished.save("first", Layer(torch.ones(4, 8), scale, zero, g_idx, mock=False), transposed=False)
         finished.save("second", Layer(torch.full((8, 4), 0.3), scale, zero, g_idx, mock=False), transposed=True)
-        return _files_in(
-            str(Path(directory, "state")), "settings.json", "first.safetensors", "second.safetensors"
-        )
+        return _files_in(str(Path(directory, "state")), "settings.json", "first.safetensors", "second.safetensors")
 
 
 @target(_unfinished)
@@ -474,7 +474,12 @@ def _card(files: Files, **facts: Any) -> Files:
 
 def _adapter_card() -> Files:
     return _card(
-        _peqa(), license="mit", datasets="a/b", settings={"lr": 1}, perplexity={"text": 2.0}, compared_with={"x": {"text": 3.0}}
+        _peqa(),
+        license="mit",
+        datasets="a/b",
+        settings={"lr": 1},
+        perplexity={"text": 2.0},
+        compared_with={"x": {"text": 3.0}},
     )
 
 
@@ -552,7 +557,9 @@ def options(directory: Path) -> None:
                 _field_value(word)
 
 
-@target(lambda: {"names.json": _json({"names": ["model.layers.10.mlp.up", "base_model.model.a.lora_A.weight", "1a2"]})})
+@target(
+    lambda: {"names.json": _json({"names": ["model.layers.10.mlp.up", "base_model.model.a.lora_A.weight", "1a2"]})}
+)
 def module_names(directory: Path) -> None:
     names = [str(name) for name in read_json(directory / "names.json").get("names") or ()]
     sorted(names, key=natural_order)
