@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +17,13 @@ import torch
 import typer
 from gptq_models import PlainMLP, float_llama, random_packed, tiny_config
 from peft import get_peft_model
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import nn
 
 import peft_quant
 from peft_quant import LRECConfig, PEQAConfig, QFTConfig, convert_to_int8, write_model_card
 from peft_quant.cli import app
-from peft_quant.cli.estimate import _read_bytes
-from peft_quant.cli.options import _field_value, _read_config, parse_fields
+from peft_quant.cli.options import _read_config, parse_fields
 from peft_quant.estimate import Estimate
 from peft_quant.evaluation.loading import adapter_base, quantization_of
 from peft_quant.export.card import Card, inherited_metadata
@@ -36,7 +36,7 @@ from peft_quant.gptq.names import StoredNames
 from peft_quant.gptq.quantize_resume import FinishedLayers, Layer, count_finished
 from peft_quant.gptq.zero_points import declared_format, stored_zero_offset
 from peft_quant.inspection import compare_adapters, inspect_adapter, inspect_checkpoint, is_adapter
-from peft_quant.module_names import natural_order, split_adapter_key, split_block
+from peft_quant.module_names import PEFT_PREFIX, natural_order, split_adapter_key, split_block
 from peft_quant.qft.checkpoint import PARTS, check_checkpoint
 from peft_quant.qft.names import conversions_of
 from peft_quant.qft.policy import int8_modules
@@ -75,6 +75,24 @@ def target(
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, default=list).encode()
+
+
+def _value(file: Path) -> dict[str, Any]:
+    """The mapping in a file that only carries a value to the target; empty if the file is damaged."""
+    try:
+        value = json.loads(file.read_bytes()) if file.is_file() and not file.is_symlink() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _existing(directory: Path, name: str) -> list[Path]:
+    """The file, as callers that look for it first pass it on."""
+    return [directory / name] if (directory / name).exists() else []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _under(directory: str, files: Files) -> Files:
@@ -133,9 +151,7 @@ def _record() -> dict[str, Any]:
 
 
 def _adapter(config: Any, parts: dict[str, torch.Tensor], others: dict[str, torch.Tensor] | None = None) -> Files:
-    tensors = {
-        f"base_model.model.{layer}.{part}": tensor.clone() for layer in _LAYERS for part, tensor in parts.items()
-    }
+    tensors = {f"{PEFT_PREFIX}{layer}.{part}": each.clone() for layer in _LAYERS for part, each in parts.items()}
     options = {**config.to_dict(), "base_model_name_or_path": "user/base"}
     return {"adapter_config.json": _json(options), "adapter_model.safetensors": save({**tensors, **(others or {})})}
 
@@ -209,9 +225,10 @@ def inspected_shards(directory: Path) -> None:
 
 @target(_base, errors=(FileNotFoundError,))
 def loaded_layers(directory: Path) -> None:
-    tensors = read_tensors([directory / "model.safetensors"])
-    config = quantization_config(directory, read_json(directory / "config.json")) or {}
-    stored_zero_offset(declared_format(config) or "gptq")
+    tensors = read_tensors(_existing(directory, "model.safetensors"))
+    for file in _existing(directory, "config.json"):
+        config = quantization_config(directory, read_json(file)) or {}
+        stored_zero_offset(declared_format(config) or "gptq")
     optimum = SimpleNamespace(group_size=_GROUP, desc_act=False, sym=True)
     linear = nn.Linear(_IN, _OUT, device="meta")
     for layer in packed_layers(tensors):
@@ -227,7 +244,7 @@ class _Kernel(nn.Module):
 @target(lambda: _base() | {"record.json": _json(_record())})
 def base_record(directory: Path) -> None:
     layers, found = _known_base()
-    require_base(read_json(directory / "record.json"), layers, found, "user/base")
+    require_base(_value(directory / "record.json"), layers, found, "user/base")
 
 
 @cache
@@ -246,7 +263,7 @@ def _float_checkpoint() -> Files:
 
 @target(_float_checkpoint, errors=(FileNotFoundError,))
 def float_weights(directory: Path) -> None:
-    weights = FloatWeights(directory, {layer: (_OUT, _IN) for layer in _LAYERS}, "model")
+    weights = FloatWeights(directory, dict.fromkeys(_LAYERS, (_OUT, _IN)), "model")
     for layer in _LAYERS:
         weights.error(layer, torch.zeros(_OUT, _IN))
 
@@ -375,11 +392,11 @@ def _int8() -> Files:
 @target(lambda: {**_int8(), "qft.json": _json(json.loads(_int8()["config.json"])["quantization_config"])})
 def int8_checkpoint(directory: Path) -> None:
     model = _float_model()
-    config = QFTConfig.from_dict(read_json(directory / "qft.json"))
+    config = QFTConfig.from_dict(_value(directory / "qft.json"))
     int8 = {f"{name}.weight" for name in int8_modules(model, config)}
     quantizer = QFTQuantizer(config, pre_quantized=True)
     conversions = [*quantizer.get_weight_conversions(), *conversions_of(model)]
-    check_checkpoint([directory / "model.safetensors"], model, conversions, int8)
+    check_checkpoint(_existing(directory, "model.safetensors"), model, conversions, int8)
 
 
 def _parts() -> Files:
@@ -389,7 +406,7 @@ def _parts() -> Files:
 
 @target(_parts)
 def int8_weight(directory: Path) -> None:
-    tensors = read_tensors([directory / "parts.safetensors"])
+    tensors = read_tensors(_existing(directory, "parts.safetensors"))
     parts: Any = {name: tensors[name].read() for name in PARTS if name in tensors}
     if parts.keys() >= {"codes", "scales"}:
         peft_quant.Int8Weight.from_parts(**parts).dequantize()
@@ -456,7 +473,7 @@ def finished_layers(directory: Path) -> None:
         finished.load(name)
 
 
-@target(lambda: {f"checkpoint-{step}/trainer_state.json": b'{"global_step": 2}' for step in (2, "10", "²", "x")})
+@target(lambda: {f"checkpoint-{step}/trainer_state.json": b'{"global_step": 2}' for step in (2, 10)})
 def resumed_training(directory: Path) -> None:
     last_complete_checkpoint(directory)
 
@@ -473,14 +490,8 @@ def _card(files: Files, **facts: Any) -> Files:
 
 
 def _adapter_card() -> Files:
-    return _card(
-        _peqa(),
-        license="mit",
-        datasets="a/b",
-        settings={"lr": 1},
-        perplexity={"text": 2.0},
-        compared_with={"x": {"text": 3.0}},
-    )
+    facts = {"settings": {"lr": 1}, "perplexity": {"text": 2.0}, "compared_with": {"x": {"text": 3.0}}}
+    return _card(_peqa(), license="mit", datasets="a/b", **facts)
 
 
 @target(_adapter_card, errors=(FileNotFoundError,))
@@ -511,28 +522,33 @@ layers_to_transform: 1
 lr_scheduler_kwargs: {a: 1}
 gradient_checkpointing: true
 """
+_WRONG_USAGE = (typer.BadParameter.__base__,)  # click's, with whose exit status and message the command line ends
 _CARD_YAML = b"setting: {lr: 1}\ncompared-with:\n  base: {text: 2.5}\nlanguage: [en, de]\nlicense: mit\n"
 
 
-def _context(command: str) -> Any:
+@cache
+def _commands() -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
-    return typer.Context(group.commands[command], allow_extra_args=command == "train")
+    return group.commands
 
 
-@target(lambda: {"train.yaml": _TRAIN_YAML, "card.yaml": _CARD_YAML}, errors=(typer.BadParameter,))
+@dataclass
+class _Arguments:
+    """A few of the training arguments, whose parser is made for every call."""
+
+    learning_rate: float = 1e-4
+    max_steps: int = -1
+    lr_scheduler_kwargs: dict[str, Any] | str | None = None
+    gradient_checkpointing: bool = False
+
+
+@target(lambda: {"train.yaml": _TRAIN_YAML, "card.yaml": _CARD_YAML}, foreign=_WRONG_USAGE)
 def config_files(directory: Path) -> None:
-    for command in ("train", "card"):
-        file = directory / f"{command}.yaml"
-        if file.is_file():  # checked by the option
-            context = _context(command)
+    for command in ("card", "train"):
+        context = typer.Context(_commands()[command], allow_extra_args=command == "train")
+        for file in _existing(directory, f"{command}.yaml"):
             _read_config(context, file)
-    parse_fields(context, PEQAConfig, _arguments())
-
-
-def _arguments() -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments
+    parse_fields(context, LRECConfig, _Arguments)
 
 
 _WORDS = {
@@ -541,27 +557,26 @@ _WORDS = {
     "merge": ["base", "adapter", "out"],
     "eval": ["model", "--data", "text.txt", "--dtype", "fp16", "--windows", "3"],
     "quantize": ["model", "out", "--calibration", "text.txt", "--bits", "4", "--exclude", "lm_head"],
-    "train": ["peqa", "--model", "m", "--data", "d", "--output", "o", "--r", "16", "--held-out", "0.1"],
+    "train": ["peqa", "--model", "m", "--data", "d", "--output", "o", "--modules_to_save", "[lm_head]"],
     "inspect": ["model", "--json"],
 }
 
 
-@target(lambda: {"words.json": _json(_WORDS)}, errors=(typer.BadParameter,), foreign=(typer.Exit,))
+@target(lambda: {"words.json": _json(_WORDS)}, foreign=(*_WRONG_USAGE, typer.Exit))
 def options(directory: Path) -> None:
-    group: Any = typer.main.get_command(app)
-    for command, words in read_json(directory / "words.json").items():
-        if command in group.commands and isinstance(words, list):
-            arguments = [str(word) for word in words]
-            group.commands[command].make_context(command, arguments, resilient_parsing=False)
-            for word in arguments:
-                _field_value(word)
+    for command, words in _value(directory / "words.json").items():
+        if command in _commands():
+            context = _commands()[command].make_context(command, [str(word) for word in _list(words)])
+            if command == "train":
+                parse_fields(context, PEQAConfig, _Arguments)
 
 
-@target(
-    lambda: {"names.json": _json({"names": ["model.layers.10.mlp.up", "base_model.model.a.lora_A.weight", "1a2"]})}
-)
+_NAMES = ["model.layers.10.mlp.up", "base_model.model.a.lora_A.weight", "1a2"]
+
+
+@target(lambda: {"names.json": _json({"names": _NAMES})})
 def module_names(directory: Path) -> None:
-    names = [str(name) for name in read_json(directory / "names.json").get("names") or ()]
+    names = [str(name) for name in _list(_value(directory / "names.json").get("names"))]
     sorted(names, key=natural_order)
     for name in names:
         split_adapter_key(name)
@@ -571,12 +586,17 @@ def module_names(directory: Path) -> None:
 # configs of models
 
 
-@target(lambda: {"config.json": _base()["config.json"]}, foreign=(OSError,))
+def _model_config() -> Files:
+    config = json.loads(_base()["config.json"])
+    return {"config.json": _json({**config, "hidden_size": 64, "intermediate_size": 64})}
+
+
+@target(_model_config, foreign=(OSError,))
 def estimated_config(directory: Path) -> None:
     Estimate(directory, "peqa")
 
 
-@target(lambda: _under("model", _base()) | _under("adapter", _peqa()), foreign=(OSError,))
+@target(_with_base(_peqa), foreign=(OSError,))
 def evaluated_model(directory: Path) -> None:
-    quantization_of(directory / "model")
+    quantization_of(directory / "base")
     adapter_base(directory / "adapter")
