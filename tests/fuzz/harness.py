@@ -68,8 +68,8 @@ class BrokenRuleError(AssertionError):
         self.kind = kind
 
 
-class _Hang(BaseException):
-    """Raised by a timer, where `except Exception` does not catch it."""
+class _EndedError(BaseException):
+    """Ends what takes too long or accesses what it must not; `except Exception` does not catch it."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Target:
             try:
                 self.read(directory)
                 accepted = True
-            except _Hang as error:
-                raise BrokenRuleError(f"hang in {_where(error)}", f"it was ended after {_PATIENCE:g} s") from error
+            except _EndedError as error:
+                raise BrokenRuleError(f"{error.args[0]} in {_where(error)}", error.args[1]) from error
             except Exception as error:
                 if not self._documents(error):
                     raise BrokenRuleError(f"{type(error).__name__} in {_where(error)}", str(error)) from error
         seconds = time.process_time() - begin
         if seen:
-            raise BrokenRuleError(seen[0][0], seen[0][1])
+            raise BrokenRuleError(*seen[0])
         if seconds > SECONDS:
             raise BrokenRuleError("slow", f"it took {seconds:.1f} s of processor time")
         return accepted
@@ -218,11 +218,11 @@ _watching: tuple[str, list[tuple[str, str]]] | None = None
 
 @contextmanager
 def _watched(directory: Path) -> Iterator[list[tuple[str, str]]]:
-    """Collect accesses that the rule forbids, and end what takes too long."""
+    """End what takes too long or accesses what it must not, and collect the latter, in case the end is caught."""
     global _watching
 
     def end(*_: Any) -> None:
-        raise _Hang
+        raise _EndedError("hang", f"it was ended after {_PATIENCE:g} s")
 
     seen: list[tuple[str, str]] = []
     temporary, tempfile.tempdir = tempfile.tempdir, str(directory)
@@ -247,17 +247,18 @@ def _watched(directory: Path) -> Iterator[list[tuple[str, str]]]:
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _watching is None:
         return
+    within, seen = _watching
     if event in _NEVER:
-        _watching[1].append((event, str(arguments)[:200]))
-    elif event == "open" or event in _WRITES or event in _LISTS:
-        path = arguments[0]
-        if not isinstance(path, (str, bytes)):
-            return
-        real = os.path.realpath(os.fsdecode(path))
-        writes = event in _WRITES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
-        inside = f"{real}{os.sep}".startswith(_watching[0])
-        if not inside and (writes or not f"{real}{os.sep}".startswith(_READABLE)) and "__pycache__" not in real:
-            _watching[1].append((f"{'write' if writes else 'read'} outside of the directory", f"{event} {real}"))
+        seen.append((event, str(arguments)[:200]))
+        raise _EndedError(*seen[-1])
+    if event not in {"open", *_WRITES, *_LISTS} or not isinstance(arguments[0], (str, bytes)):
+        return
+    path = f"{os.path.realpath(os.fsdecode(arguments[0]))}{os.sep}"
+    writes = event in _WRITES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+    allowed = (within,) if writes else (within, *_READABLE)
+    if not path.startswith(allowed) and "__pycache__" not in path:
+        seen.append((f"{'write' if writes else 'read'} outside of the directory", f"{event} {path}"))
+        raise _EndedError(*seen[-1])
 
 
 sys.addaudithook(_audit)

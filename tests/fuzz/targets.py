@@ -544,11 +544,12 @@ class _Arguments:
 
 @target(lambda: {"train.yaml": _TRAIN_YAML, "card.yaml": _CARD_YAML}, foreign=_WRONG_USAGE)
 def config_files(directory: Path) -> None:
-    for command in ("card", "train"):
-        context = typer.Context(_commands()[command], allow_extra_args=command == "train")
-        for file in _existing(directory, f"{command}.yaml"):
+    contexts = {command: typer.Context(_commands()[command], allow_extra_args=True) for command in ("card", "train")}
+    for command, context in contexts.items():
+        file = directory / f"{command}.yaml"
+        if file.is_file() and not file.is_symlink():  # the caller's own: links may lead anywhere
             _read_config(context, file)
-    parse_fields(context, LRECConfig, _Arguments)
+    parse_fields(contexts["train"], LRECConfig, _Arguments)
 
 
 _WORDS = {
@@ -587,8 +588,8 @@ def module_names(directory: Path) -> None:
 
 
 def _model_config() -> Files:
-    config = json.loads(_base()["config.json"])
-    return {"config.json": _json({**config, "hidden_size": 64, "intermediate_size": 64})}
+    quantization = json.loads(_base()["config.json"])["quantization_config"]
+    return {"config.json": _json({**tiny_config().to_diff_dict(), "quantization_config": quantization})}
 
 
 @target(_model_config, foreign=(OSError,))
