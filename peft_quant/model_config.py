@@ -28,8 +28,7 @@ def read_model_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     except OSError:
         raise
     except Exception as error:  # of any kind, from the class of the model's config
-        reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InvalidFileError(
-            f"transformers cannot use the config of {source} ({type(error).__name__}: {reason}): download it again, or "
-            "update transformers."
+            f"transformers cannot use the config of {source} ({reason}): download it again, or update transformers."
         ) from error

@@ -115,7 +115,7 @@ class Estimate:
         packed = _gptq_config(model)
         bits = packed.get("bits", _BITS) if bits is None else bits
         group_size = packed.get("group_size", _GROUP_SIZE) if group_size is None else group_size
-        depth = getattr(model, "num_hidden_layers", None)
+        depth: Any = getattr(model, "num_hidden_layers", None)
         for name, number in (("bits", bits), ("group_size", group_size), ("num_hidden_layers", depth)):
             if not isinstance(number, int):
                 raise ValueError(f"{name}={number!r}, which has to be an integer: mend the config.")

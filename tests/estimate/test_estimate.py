@@ -22,9 +22,9 @@ from transformers import (
 
 from peft_quant import Int8Weight, LRECConfig, PEQAConfig, QuantizedLion, estimate_memory
 from peft_quant.estimate import METHODS, Estimate
-from peft_quant.model_config import read_model_config
 from peft_quant.estimate.subject import planned_subject
 from peft_quant.gptq import is_packed
+from peft_quant.model_config import read_model_config
 
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}

@@ -6,7 +6,7 @@ A reader of other people's files may
 - raise [`InvalidFileError`] or one of its subclasses;
 - raise a `ValueError`, or an error that its target names, by a `raise` statement of this package: a message that was
   written for the user, not one that escaped from an operation;
-- raise an error of another package that its target names, because the docstring leaves it to that package.
+- raise an error that its target leaves to another package, by a `raise` statement of that package.
 
 It may take a second of processor time, open files of the directory it was given and of installed packages, and write
 into that directory. Anything else is a [`BrokenRuleError`]: other errors, more time, other files, network, new
@@ -33,6 +33,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import peft_quant
 from peft_quant import InvalidFileError
 
@@ -40,6 +42,7 @@ from .edits import Edit, Files, write
 
 
 PACKAGE = Path(peft_quant.__file__).resolve().parent
+_PACKAGES = Path(torch.__file__).resolve().parents[1]
 SECONDS = 1.0
 """Processor time that an input may take."""
 _PATIENCE = 3.0  # seconds after which a call that waits is ended
@@ -81,7 +84,7 @@ class Target:
         read: called with a directory; reads everything in it.
         seed: returns the files of a valid directory.
         errors: documented errors besides `ValueError`, raised by this package.
-        foreign: documented errors that other packages raise.
+        foreign: errors that other packages raise.
     """
 
     name: str
@@ -129,9 +132,9 @@ class Target:
         return accepted
 
     def _documents(self, error: Exception) -> bool:
-        if isinstance(error, (InvalidFileError, *self.foreign)):
+        if isinstance(error, (InvalidFileError, ValueError, *self.errors)) and _is_raised_in(PACKAGE, error):
             return True
-        return isinstance(error, (ValueError, *self.errors)) and _is_raised_here(error)
+        return isinstance(error, self.foreign) and _is_raised_in(_PACKAGES, error)
 
 
 def minimized(target: Target, edits: list[Edit], kind: str) -> list[Edit]:
@@ -160,11 +163,11 @@ def minimized(target: Target, edits: list[Edit], kind: str) -> list[Edit]:
     return edits
 
 
-def _is_raised_here(error: BaseException) -> bool:
-    """Whether the error comes from a `raise` statement of the package."""
+def _is_raised_in(directory: Path, error: BaseException) -> bool:
+    """Whether the error comes from a `raise` statement of a file in the directory."""
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     file = frame.f_code.co_filename
-    return Path(file).is_relative_to(PACKAGE) and line in _raising_lines(file)
+    return Path(file).is_relative_to(directory) and line in _raising_lines(file)
 
 
 @cache

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import typer
 from gptq_models import PlainMLP, float_llama, random_packed, tiny_config
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
 from torch import nn
 
@@ -176,10 +176,8 @@ def _lrec() -> Files:
 
 
 def _lora() -> Files:
-    files = dict(_lrec())
-    config = json.loads(files["adapter_config.json"])
-    files["adapter_config.json"] = _json({**config, "peft_type": "LORA", "target_modules": "model.*(q|down)_proj"})
-    return files
+    config = LoraConfig(r=2, target_modules="model.*(q|down)_proj", alpha_pattern={"q_proj": 4})
+    return {**_lrec(), "adapter_config.json": _json({**config.to_dict(), "base_model_name_or_path": "user/base"})}
 
 
 def _with_base(adapter: Callable[[], Files]) -> Callable[[], Files]:
@@ -271,6 +269,9 @@ def float_weights(directory: Path) -> None:
 # adapters
 
 
+_PEFT = (ValueError,)  # which says where it finds no adapter, and what values an option takes
+
+
 def _inspected(directory: Path) -> None:
     assert is_adapter(directory) or not (directory / "adapter_config.json").is_file()
     found = inspect_adapter(directory)
@@ -309,17 +310,17 @@ def compared_adapters(directory: Path) -> None:
     str(compare_adapters(directory / "first", directory / "second"))
 
 
-@target(_peqa)
+@target(_peqa, foreign=_PEFT)
 def peqa_config(directory: Path) -> None:
     PEQAConfig.from_pretrained(str(directory))
 
 
-@target(_lrec)
+@target(_lrec, foreign=_PEFT)
 def lrec_config(directory: Path) -> None:
     LRECConfig.from_pretrained(str(directory)).refuse_other_lora_options()
 
 
-@target(_with_base(_peqa), errors=(FileNotFoundError,))
+@target(_with_base(_peqa), errors=(FileNotFoundError,), foreign=_PEFT)
 def planned_merge(directory: Path) -> None:
     with _no_models():
         plan_merge(directory / "base", directory / "adapter", directory / "out")
@@ -348,27 +349,27 @@ def _small_model() -> PlainMLP:
     return PlainMLP()
 
 
-@target(lambda: _small_peqa()[1])
+@target(lambda: _small_peqa()[1], foreign=_PEFT)
 def loaded_peqa(directory: Path) -> None:
     _check_saved(_small_model(), str(directory), "default", None, {})
 
 
-@target(lambda: _small_lrec()[1])
+@target(lambda: _small_lrec()[1], foreign=_PEFT)
 def loaded_lrec(directory: Path) -> None:
     _check_saved(_small_model(), str(directory), "default", None, {})
 
 
-@target(lambda: _small_peqa()[1])
+@target(lambda: _small_peqa()[1], foreign=_PEFT)
 def hotswapped_peqa(directory: Path) -> None:
     hotswap_adapter(_small_peqa()[0], str(directory), "default", "cpu")
 
 
-@target(lambda: _small_lrec()[1])
+@target(lambda: _small_lrec()[1], foreign=_PEFT)
 def hotswapped_lrec(directory: Path) -> None:
     hotswap_adapter(_small_lrec()[0], str(directory), "default", "cpu")
 
 
-@target(lambda: _under("adapter", _lrec()))
+@target(lambda: _under("adapter", _lrec()), foreign=_PEFT)
 def exported_lora(directory: Path) -> None:
     export_lora(directory / "adapter", directory / "out")
 

@@ -10,6 +10,7 @@ from fuzz.edits import inputs
 from fuzz.harness import BrokenRuleError, Target, minimized
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings
+from peft import PeftConfig
 
 from peft_quant.reading import read_json
 
@@ -81,6 +82,8 @@ class TestRule:
         def read(folder):
             raise ValueError("of another package")
 
+        assert self.broken(read, foreign=(ValueError,)).startswith("ValueError")  # nor by a package
+        read = PeftConfig.from_pretrained
         assert self.broken(read).startswith("ValueError")
         assert not Target("made", read, lambda: self.FILES, foreign=(ValueError,)).check([])
 
