@@ -11,8 +11,7 @@ LOW_RANK = ("lora_A.weight", "lora_B.weight")
 """Names of an adapted layer's parameters in an adapter's file."""
 
 PEFT_PREFIX = "base_model.model."
-_NUMBER = r"[0-9]{1,18}"  # names in files may have digits of other scripts, and numbers too long to convert
-_IN_BLOCK = re.compile(rf"(?P<blocks>.*?)\.(?P<position>{_NUMBER})\.(?P<layer>.+)")
+_IN_BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<position>\d+)\.(?P<layer>.+)")
 
 
 class Block(NamedTuple):
@@ -51,5 +50,4 @@ def split_adapter_key(key: str) -> tuple[str, str]:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that orders the numbers in names numerically."""
-    parts = re.split(f"({_NUMBER})", name)
-    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
