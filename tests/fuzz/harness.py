@@ -51,8 +51,12 @@ _INSTALLED = (sys.prefix, sys.base_prefix, PACKAGE.parent, *filter(os.path.isabs
 _READABLE = tuple(
     f"{os.path.realpath(path)}{os.sep}" for path in (*_INSTALLED, "/proc", "/sys", "/dev/null", "/dev/urandom")
 )
-_WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-_LISTS = {"os.listdir", "os.scandir"}
+# events, and which of their arguments are paths
+_READS = {"open": (0,), "os.listdir": (0,), "os.scandir": (0,)}
+_WRITES = {
+    **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
+    **{"os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,)},
+}
 _NEVER = {
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class"),
     *("socket.connect", "socket.getaddrinfo"),
@@ -229,6 +233,8 @@ def _watched(directory: Path) -> Iterator[list[tuple[str, str]]]:
 
     seen: list[tuple[str, str]] = []
     temporary, tempfile.tempdir = tempfile.tempdir, str(directory)
+    place = Path.cwd()
+    os.chdir(directory)
     before = signal.signal(signal.SIGALRM, end)
     logging.disable()
     gc.disable()  # a collection takes longer than most inputs
@@ -245,6 +251,7 @@ def _watched(directory: Path) -> Iterator[list[tuple[str, str]]]:
         logging.disable(logging.NOTSET)
         signal.signal(signal.SIGALRM, before)
         tempfile.tempdir = temporary
+        os.chdir(place)
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -254,14 +261,15 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event in _NEVER:
         seen.append((event, str(arguments)[:200]))
         raise _EndedError(*seen[-1])
-    if event not in {"open", *_WRITES, *_LISTS} or not isinstance(arguments[0], (str, bytes)):
-        return
-    path = f"{os.path.realpath(os.fsdecode(arguments[0]))}{os.sep}"
     writes = event in _WRITES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
     allowed = (within,) if writes else (within, *_READABLE)
-    if not path.startswith(allowed) and "__pycache__" not in path:
-        seen.append((f"{'write' if writes else 'read'} outside of the directory", f"{event} {path}"))
-        raise _EndedError(*seen[-1])
+    for position in (_READS | _WRITES).get(event, ()):
+        if not isinstance(arguments[position], (str, bytes)):  # a file descriptor
+            continue
+        path = f"{os.path.realpath(os.fsdecode(arguments[position]))}{os.sep}"
+        if not path.startswith(allowed) and "__pycache__" not in path:
+            seen.append((f"{'write' if writes else 'read'} outside of the directory", f"{event} {path}"))
+            raise _EndedError(*seen[-1])
 
 
 sys.addaudithook(_audit)

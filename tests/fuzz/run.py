@@ -8,10 +8,12 @@ input found for each kind of failure to `tests/fuzz/corpus/TARGET/`, and exits w
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,10 +37,13 @@ except ImportError:
 
 _BYTES = 2048  # of an input; hypothesis decodes a prefix
 _SEEDS = 64
+_STUCK = 60  # seconds after which a process that its own timer could not stop is ended
+_MEMORY = 4 << 30  # bytes that inputs may take
+_REPORT, _CURRENT, _LOG = "report", "current", "log"
 
 
 class Run:
-    """A target's inputs, counted.
+    """Inputs of a target, read and counted.
 
     Attributes:
         counts: numbers of inputs that were accepted, refused, and that failed.
@@ -46,14 +51,14 @@ class Run:
         slowest: seconds of the slowest input.
     """
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, current: Path) -> None:
         from fuzz.edits import inputs
         from hypothesis import HealthCheck, given, settings
 
-        self.target = target
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, tuple[list[Any], str]] = {}
         self.slowest = 0.0
+        self._target, self._current = target, current
 
         @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
         @given(inputs(target.files))
@@ -65,78 +70,85 @@ class Run:
     def _read(self, edits: list[Any]) -> None:
         from fuzz.harness import BrokenRuleError
 
+        self._current.write_text(to_text(edits))
+        faulthandler.dump_traceback_later(_STUCK, exit=True)
         begin = time.perf_counter()
         try:
-            outcome = "accepted" if self.target.check(edits) else "refused"
-        except BrokenRuleError as failure:
+            outcome = "accepted" if self._target.check(edits) else "refused"
+        except BrokenRuleError as error:
             outcome = "failures"
-            known = self.failures.get(failure.kind)
+            known = self.failures.get(error.kind)
             if known is None or len(edits) < len(known[0]):
-                self.failures[failure.kind] = edits, str(failure)
+                self.failures[error.kind] = edits, str(error)
         self.slowest = max(self.slowest, time.perf_counter() - begin)
         self.counts[outcome] += 1
 
     def report(self) -> dict[str, Any]:
         from fuzz.harness import minimized
 
-        found = {
-            kind: {"edits": minimized(self.target, edits, kind), "message": message}
+        failures = [
+            [kind, message, to_text(minimized(self._target, edits, kind))]
             for kind, (edits, message) in self.failures.items()
-        }
-        return {**self.counts, "kinds": found, "slowest": self.slowest}
+        ]
+        return {"counts": self.counts, "slowest": self.slowest, "failures": failures}
 
 
-def fuzz(name: str, number: int, report: Path) -> None:
-    """Fuzz one target in this process, and end the process."""
-    instrumented = atheris.instrument_imports(include=["peft_quant"]) if atheris else nullcontext()
-    with instrumented:
+def to_text(edits: list[Any]) -> str:
+    """An input as in the corpus: a line of JSON per edit."""
+    return "".join(f"{json.dumps(edit)}\n" for edit in edits)
+
+
+def fuzz(name: str, number: int, directory: Path) -> None:
+    """Fuzz one target in this process, write the report to a directory, and end the process."""
+    with atheris.instrument_imports(include=["peft_quant"]) if atheris else nullcontext():
         from fuzz.harness import close
         from fuzz.targets import TARGETS
-    target = TARGETS[name]
-    target.warm_up()
-    run = Run(target)
-
-    def end() -> None:
-        report.write_text(json.dumps(run.report()))
-        close()
-        os._exit(0)
+    TARGETS[name].warm_up()
+    run = Run(TARGETS[name], directory / _CURRENT)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
 
     def read(content: bytes) -> None:
         run.decode(content)
         if run.counts.total() >= number:
-            end()
+            faulthandler.cancel_dump_traceback_later()
+            (directory / _REPORT).write_text(json.dumps(run.report()))
+            close()
+            os._exit(0)
 
     generator = random.Random(name)
-    if atheris is None:
-        while True:
-            read(generator.randbytes(_BYTES))
-    with tempfile.TemporaryDirectory() as seeds:
-        for seed in range(_SEEDS):
-            Path(seeds, str(seed)).write_bytes(generator.randbytes(_BYTES))
-        # no timer of its own: the rule has one, which names the input
-        options = [f"-max_len={_BYTES}", "-len_control=0", "-timeout=0", "-rss_limit_mb=0", "-verbosity=0"]
-        atheris.Setup([name, *options, "-seed=1", seeds], read)
-        atheris.Fuzz()
+    while atheris is None:
+        read(generator.randbytes(_BYTES))
+    seeds = directory / "seeds"
+    seeds.mkdir()
+    for seed in range(_SEEDS):
+        (seeds / str(seed)).write_bytes(generator.randbytes(_BYTES))
+    # inputs stay as long as they are, to be mutated further; the timer is ours, which names the input
+    options = [f"-max_len={_BYTES}", "-len_control=0", "-reduce_inputs=0", "-timeout=0", "-rss_limit_mb=0", "-seed=1"]
+    atheris.Setup([name, *options, str(seeds)], read)
+    atheris.Fuzz()
 
 
 def fuzz_apart(name: str, number: int) -> dict[str, Any]:
     """Fuzz one target in a process of its own."""
-    with tempfile.TemporaryDirectory() as directory:
-        report, log = Path(directory, "report"), Path(directory, "log")
-        with log.open("wb") as stream:
-            command = [sys.executable, __file__, "--inputs", str(number), "--report", str(report), name]
-            status = subprocess.run(command, stdout=stream, stderr=stream).returncode
-        if not report.exists():
-            end = log.read_text(errors="replace")[-2000:]
-            return {"failures": 1, "kinds": {}, "slowest": 0.0, "crash": f"{name} ended with status {status}:\n{end}"}
-        return json.loads(report.read_text())
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        with (directory / _LOG).open("wb") as log:
+            command = [sys.executable, __file__, "--inputs", str(number), "--directory", place, name]
+            status = subprocess.run(command, stdout=log, stderr=log).returncode
+        if (directory / _REPORT).exists():
+            return json.loads((directory / _REPORT).read_text())
+        end = (directory / _LOG).read_text(errors="replace")[-4000:]
+        current = directory / _CURRENT
+        failure = [f"process ended with {status}", end, current.read_text() if current.exists() else ""]
+        return {"counts": {"failures": 1}, "slowest": 0.0, "failures": [failure]}
 
 
-def keep(name: str, kind: str, edits: list[Any]) -> Path:
+def keep(name: str, kind: str, edits: str) -> Path:
     """Write an input to the corpus."""
     file = HERE / "corpus" / name / f"{re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{json.dumps(edit)}\n" for edit in edits))
+    file.write_text(edits)
     return file
 
 
@@ -145,26 +157,27 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="all by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="inputs per target")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRITON_INTERPRET": "1"}
-    if given.report is not None:
-        fuzz(given.targets[0], given.inputs, given.report)
+    quiet = {"GPTQMODEL_DISABLE_PACK_EXT": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **quiet}
+    if given.directory is not None:
+        fuzz(given.targets[0], given.inputs, given.directory)
     from fuzz.targets import TARGETS
 
     print("guided by coverage, by atheris" if atheris else "atheris is not installed: inputs are random, unguided")
-    print(f"{'target':<24} {'inputs':>8} {'accepted':>8} {'refused':>8} {'failures':>8} {'slowest ms':>10}")
-    failed = False
+    print(
+        f"{'target':<24} {'inputs':>8} {'accepted':>8} {'refused':>8} {'failures':>8} {'slowest ms':>10}", flush=True
+    )
+    names, failed = given.targets or list(TARGETS), False
     with ThreadPoolExecutor(given.processes) as pool:
-        names = given.targets or list(TARGETS)
         for name, found in zip(names, pool.map(fuzz_apart, names, [given.inputs] * len(names))):
-            counts = [found.get(outcome, 0) for outcome in ("accepted", "refused", "failures")]
-            columns = (sum(counts), *counts, round(1000 * found["slowest"]))
-            print(f"{name:<24}" + "".join(f" {column:>{width}}" for column, width in zip(columns, (8, 8, 8, 8, 10))))
-            for kind, failure in found["kinds"].items():
-                print(f"  {failure['message'][:200]}\n    {keep(name, kind, failure['edits'])}")
-            print(found.get("crash", ""), end="", flush=True)
-            failed |= bool(counts[2])
+            counts = [found["counts"].get(outcome, 0) for outcome in ("accepted", "refused", "failures")]
+            columns = " ".join(f"{count:>8}" for count in (sum(counts), *counts))
+            print(f"{name:<24} {columns} {1000 * found['slowest']:>10.0f}", flush=True)
+            for kind, message, edits in found["failures"]:
+                print(f"  {message}\n  {keep(name, kind, edits)}", flush=True)
+                failed = True
     return int(failed)
 
 

@@ -543,7 +543,9 @@ class _Arguments:
     gradient_checkpointing: bool = False
 
 
-@target(lambda: {"train.yaml": _TRAIN_YAML, "card.yaml": _CARD_YAML}, foreign=_WRONG_USAGE)
+@target(
+    lambda: {"train.yaml": _TRAIN_YAML, "card.yaml": _CARD_YAML}, errors=(typer.BadParameter,), foreign=_WRONG_USAGE
+)
 def config_files(directory: Path) -> None:
     contexts = {command: typer.Context(_commands()[command], allow_extra_args=True) for command in ("card", "train")}
     for command, context in contexts.items():
@@ -564,7 +566,7 @@ _WORDS = {
 }
 
 
-@target(lambda: {"words.json": _json(_WORDS)}, foreign=(*_WRONG_USAGE, typer.Exit))
+@target(lambda: {"words.json": _json(_WORDS)}, errors=(typer.BadParameter,), foreign=(*_WRONG_USAGE, typer.Exit))
 def options(directory: Path) -> None:
     for command, words in _value(directory / "words.json").items():
         if command in _commands():
@@ -593,12 +595,12 @@ def _model_config() -> Files:
     return {"config.json": _json({**tiny_config().to_diff_dict(), "quantization_config": quantization})}
 
 
-@target(_model_config, foreign=(OSError,))
+@target(_model_config, errors=(FileNotFoundError,))
 def estimated_config(directory: Path) -> None:
     Estimate(directory, "peqa")
 
 
-@target(_with_base(_peqa), foreign=(OSError,))
+@target(_with_base(_peqa), errors=(FileNotFoundError,))
 def evaluated_model(directory: Path) -> None:
     quantization_of(directory / "base")
     adapter_base(directory / "adapter")
