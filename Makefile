@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MATRIX = $(addprefix tests/,matrix families tuners gptq qft export trainers integration test_registry.py)
 
-.PHONY: bench demo docs test test-conformance test-ecosystem test-matrix lint format clean
+.PHONY: bench demo docs fuzz test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo_assets.py
@@ -22,6 +22,11 @@ docs: $(VENV)/.ready
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# every reader of other people's files, guided by coverage where there is a wheel of atheris
+fuzz: $(VENV)/.ready
+	-$(BIN)/pip install -q -c constraints.txt --only-binary atheris --no-build-isolation -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py --inputs 100000
 
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready

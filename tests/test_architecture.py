@@ -18,7 +18,7 @@ ROOT = Path(peft_quant.__file__).parent
 # a module imports from its own room and from floors below it
 FLOORS = (
     {"compat", "deprecated", "docstrings", "files", "first_step", "module_names", "reading", "tables"},
-    {"registry"},
+    {"model_config", "registry"},
     {"ops"},
     {"gptq"},
     {"evaluation", "inspection", "qft", "tuners"},

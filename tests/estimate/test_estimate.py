@@ -255,6 +255,17 @@ def test_the_config_stays_as_it_is(checkpoint):
         (tiny_config(intermediate_size=100), {}, "100 out-features: GPTQ packs multiples of 32"),
         (deep(MixtralConfig, 2), {}, "MixtralForCausalLM holds .* as one tensor of 3 dimensions"),
         (T5Config(), {}, "no causal language model for a T5Config"),
+        (
+            tiny_config(vocab_size=10**30),
+            {},
+            "transformers cannot make a model of this LlamaConfig .*: mend the config",
+        ),
+        (tiny_config(num_hidden_layers=0), {}, "num_hidden_layers=0: use a positive number"),
+        (
+            tiny_config(quantization_config={"quant_method": "gptq", "bits": "4"}),
+            {},
+            "bits='4', which has to be an integer",
+        ),
     ),
 )
 def test_refuses(config, options, message):

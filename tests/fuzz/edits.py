@@ -1,6 +1,6 @@
 """Inputs of fuzz targets: a small valid directory, and a list of edits to its files.
 
-An edit is a list of JSON values, so that an input can be kept as a readable file:
+An edit is a list of JSON values, so that an input can be kept as a readable file with a line of JSON per edit:
 
     ["set", FILE, PATH, VALUE]            a value in a JSON file, or in the header of a safetensors file
     ["delete", FILE, PATH]

@@ -146,7 +146,8 @@ def fuzz_apart(name: str, number: int) -> dict[str, Any]:
 
 def keep(name: str, kind: str, edits: str) -> Path:
     """Write an input to the corpus."""
-    file = HERE / "corpus" / name / f"{re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+    title = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+    file = HERE / "corpus" / name / f"{title}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(edits)
     return file

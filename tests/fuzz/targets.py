@@ -508,7 +508,7 @@ def checkpoint_card(directory: Path) -> None:
 @target(_adapter_card)
 def base_card(directory: Path) -> None:
     Card.read(directory)
-    inherited_metadata(directory)
+    json.dumps(inherited_metadata(directory), default=str)  # as the card of a merged model writes it
 
 
 # the command line and other strings

@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft_quant.reading import read_json
 
 
-CORPUS = sorted((Path(__file__).parent / "corpus").glob("*/*.json"))
+CORPUS = sorted((Path(__file__).parent / "corpus").glob("*/*.jsonl"))
 
 
 @pytest.fixture(scope="module", autouse=True)
