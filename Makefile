@@ -24,8 +24,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # every reader of other people's files, guided by coverage where there is a wheel of atheris
-fuzz: $(VENV)/.ready
-	-$(BIN)/pip install -q -c constraints.txt --only-binary atheris --no-build-isolation -e '.[fuzz]'
+fuzz: $(VENV)/.ready .cache/pins.txt
+	-$(BIN)/pip install -q -c .cache/pins.txt --only-binary atheris --no-build-isolation -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/run.py --inputs 100000
 
 # PEFT's own tests, from its source distribution, on our methods

@@ -28,7 +28,7 @@ def test_damage_names_the_config(tmp_path, content, message):
 
 
 def test_there_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         read_model_config(tmp_path)
     with pytest.raises(OSError, match="couldn't find them in the cached files"):
         read_model_config("nobody/nothing")

@@ -225,9 +225,8 @@ def _float_model(config: PretrainedConfig) -> Any:
             raise ValueError(
                 f"transformers has no causal language model for a {kind}; only these can be estimated."
             ) from error
-        raise ValueError(
-            f"transformers cannot make a model of this {kind} ({type(error).__name__}: {error}): mend the config."
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # without PyTorch's stack
+        raise ValueError(f"transformers cannot make a model of this {kind} ({reason}): mend the config.") from error
 
 
 def _check(model: nn.Module, blocks: list[nn.Module], expected: int) -> None:

@@ -27,7 +27,7 @@ class QFTConfig(QuantizationConfigMixin):
             detects this by itself.
 
     Raises:
-        ValueError: `outlier_ratio` is not between 0 and 0.5, or an option is of another type than described.
+        ValueError: `outlier_ratio` is not between 0 and 0.5.
     """
 
     def __init__(
@@ -39,14 +39,6 @@ class QFTConfig(QuantizationConfigMixin):
         experts_apart: bool = False,
         **_: Any,
     ) -> None:
-        if isinstance(outlier_ratio, bool) or not isinstance(outlier_ratio, (int, float)):
-            raise ValueError(f"outlier_ratio={outlier_ratio!r}: use a number, a share of 0 to 0.5.")
-        for option, switch in (("embeddings", embeddings), ("experts_apart", experts_apart)):
-            if not isinstance(switch, bool):
-                raise ValueError(f"{option}={switch!r}: use true or false.")
-        names = modules_to_not_convert
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"modules_to_not_convert={names!r}: use a list of names.")
         if not 0 <= outlier_ratio <= 0.5:
             raise ValueError(f"outlier_ratio={outlier_ratio}: use a share of 0 to 0.5; the method's is 0.01.")
         self.quant_method: Any = QUANT_METHOD

@@ -146,26 +146,6 @@ class TestFloatModels:
         with pytest.raises(ValueError, match="outlier_ratio="):
             QFTConfig(outlier_ratio=ratio)
 
-    @pytest.mark.parametrize(
-        "options",
-        (
-            {"outlier_ratio": "0.01"},
-            {"outlier_ratio": True},
-            {"embeddings": 1},
-            {"experts_apart": None},
-            {"modules_to_not_convert": "lm_head"},
-            {"modules_to_not_convert": [1]},
-        ),
-        ids=repr,
-    )
-    def test_options_of_another_type(self, options):
-        (name,) = options
-        with pytest.raises(ValueError, match=f"{name}="):
-            QFTConfig.from_dict(options)
-
-    def test_unknown_options_of_a_file(self):
-        assert QFTConfig.from_dict({"self": 1, "new": 2}).outlier_ratio == 0.01
-
 
 class TestGPTQ:
     @pytest.mark.parametrize(
