@@ -1,8 +1,8 @@
 """Fuzzes every target with coverage guidance: `python tests/fuzz/run.py --inputs 100000 [TARGET ...]`.
 
-A process per target, on all cores. atheris mutates bytes and keeps those that reach new code of the package;
-hypothesis decodes them to edits of files. Without atheris, the bytes are random. Prints a table, writes the shortest
-input found for each kind of failure to `tests/fuzz/corpus/TARGET/`, and exits with 1 if there is one.
+A process for each part of a target's inputs, on all cores. atheris mutates bytes and keeps those that reach new code of
+the package; hypothesis decodes them to edits of files. Without atheris, the bytes are random. Prints a table, writes
+the shortest input found for each kind of failure to `tests/fuzz/corpus/TARGET/`, and exits with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ except ImportError:
 
 _BYTES = 2048  # of an input; hypothesis decodes a prefix
 _SEEDS = 64
+_PART = 25_000  # inputs of a process
 _STUCK = 60  # seconds after which a process that its own timer could not stop is ended
 _MEMORY = 4 << 30  # bytes that inputs may take
 _REPORT, _CURRENT, _LOG = "report", "current", "log"
@@ -98,7 +99,7 @@ def to_text(edits: list[Any]) -> str:
     return "".join(f"{json.dumps(edit)}\n" for edit in edits)
 
 
-def fuzz(name: str, number: int, directory: Path) -> None:
+def fuzz(name: str, number: int, part: int, directory: Path) -> None:
     """Fuzz one target in this process, write the report to a directory, and end the process."""
     with atheris.instrument_imports(include=["peft_quant"]) if atheris else nullcontext():
         from fuzz.harness import close
@@ -116,7 +117,7 @@ def fuzz(name: str, number: int, directory: Path) -> None:
             close()
             os._exit(0)
 
-    generator = random.Random(name)
+    generator = random.Random(f"{name} {part}")
     while atheris is None:
         read(generator.randbytes(_BYTES))
     seeds = directory / "seeds"
@@ -124,18 +125,18 @@ def fuzz(name: str, number: int, directory: Path) -> None:
     for seed in range(_SEEDS):
         (seeds / str(seed)).write_bytes(generator.randbytes(_BYTES))
     # inputs stay as long as they are, to be mutated further; the timer is ours, which names the input
-    options = [f"-max_len={_BYTES}", "-len_control=0", "-reduce_inputs=0", "-timeout=0", "-rss_limit_mb=0", "-seed=1"]
-    atheris.Setup([name, *options, str(seeds)], read)
+    options = [f"-max_len={_BYTES}", "-len_control=0", "-reduce_inputs=0", "-timeout=0", "-rss_limit_mb=0"]
+    atheris.Setup([name, *options, f"-seed={part + 1}", str(seeds)], read)
     atheris.Fuzz()
 
 
-def fuzz_apart(name: str, number: int) -> dict[str, Any]:
+def fuzz_apart(name: str, number: int, part: int) -> dict[str, Any]:
     """Fuzz one target in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         with (directory / _LOG).open("wb") as log:
-            command = [sys.executable, __file__, "--inputs", str(number), "--directory", place, name]
-            status = subprocess.run(command, stdout=log, stderr=log).returncode
+            options = ["--inputs", str(number), "--part", str(part), "--directory", place]
+            status = subprocess.run([sys.executable, __file__, *options, name], stdout=log, stderr=log).returncode
         if (directory / _REPORT).exists():
             return json.loads((directory / _REPORT).read_text())
         end = (directory / _LOG).read_text(errors="replace")[-4000:]
@@ -158,27 +159,35 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="all by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="inputs per target")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet = {"GPTQMODEL_DISABLE_PACK_EXT": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **quiet}
     if given.directory is not None:
-        fuzz(given.targets[0], given.inputs, given.directory)
+        fuzz(given.targets[0], given.inputs, given.part, given.directory)
     from fuzz.targets import TARGETS
 
     print("guided by coverage, by atheris" if atheris else "atheris is not installed: inputs are random, unguided")
     print(
         f"{'target':<24} {'inputs':>8} {'accepted':>8} {'refused':>8} {'failures':>8} {'slowest ms':>10}", flush=True
     )
-    names, failed = given.targets or list(TARGETS), False
+    sizes, failed = [min(_PART, given.inputs - done) for done in range(0, given.inputs, _PART)], False
     with ThreadPoolExecutor(given.processes) as pool:
-        for name, found in zip(names, pool.map(fuzz_apart, names, [given.inputs] * len(names))):
-            counts = [found["counts"].get(outcome, 0) for outcome in ("accepted", "refused", "failures")]
-            columns = " ".join(f"{count:>8}" for count in (sum(counts), *counts))
-            print(f"{name:<24} {columns} {1000 * found['slowest']:>10.0f}", flush=True)
-            for kind, message, edits in found["failures"]:
+        started = {
+            name: [pool.submit(fuzz_apart, name, size, part) for part, size in enumerate(sizes)]
+            for name in given.targets or TARGETS
+        }
+        for name, parts in started.items():
+            found = [part.result() for part in parts]
+            counts = sum((Counter(part["counts"]) for part in found), Counter())
+            numbers = (counts.total(), *(counts[outcome] for outcome in ("accepted", "refused", "failures")))
+            columns = " ".join(f"{number:>8}" for number in numbers)
+            print(f"{name:<24} {columns} {1000 * max(part['slowest'] for part in found):>10.0f}", flush=True)
+            failures = {kind: (message, edits) for part in found for kind, message, edits in part["failures"]}
+            for kind, (message, edits) in failures.items():
                 print(f"  {message}\n  {keep(name, kind, edits)}", flush=True)
-                failed = True
+            failed |= bool(failures)
     return int(failed)
 
 

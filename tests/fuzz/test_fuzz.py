@@ -9,7 +9,7 @@ from fuzz import harness
 from fuzz.edits import inputs
 from fuzz.harness import BrokenRuleError, Target, minimized
 from fuzz.targets import TARGETS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from peft import PeftConfig
 
 from peft_quant.reading import read_json
@@ -42,7 +42,15 @@ def warm():
 def test_small_part(name, warm):
     target = warm(name)
 
-    @settings(derandomize=True, max_examples=40, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        derandomize=True,
+        max_examples=40,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(inputs(target.files))
     def keeps_the_rule(edits):
         target.check(edits)
