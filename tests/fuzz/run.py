@@ -1,8 +1,9 @@
 """Fuzzes every target with coverage guidance: `python tests/fuzz/run.py --inputs 100000 [TARGET ...]`.
 
 A process for each part of a target's inputs, on all cores. atheris mutates bytes and keeps those that reach new code
-of the package; hypothesis decodes them to edits of files. Without atheris, the bytes are random. Prints a table, writes
-the shortest input found for each kind of failure to `tests/fuzz/corpus/TARGET/`, and exits with 1 if there is one.
+of the package; hypothesis decodes them to edits of files. Without atheris, the bytes are random. Prints a table,
+writes the shortest input found for each kind of failure to `tests/fuzz/corpus/TARGET/`, and exits with 1 if there is
+one.
 """
 
 from __future__ import annotations
