@@ -75,11 +75,11 @@ def estimate(
     from ..estimate import KINDS, Estimate
     from ..model_config import read_model_config
 
-    config_of_model = read_model_config(model)
+    model_config = read_model_config(model)
     columns: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(chosen.value for chosen in method):
         counted = Estimate(
-            config_of_model,
+            model_config,
             name,
             bits=bits,
             group_size=group_size,
