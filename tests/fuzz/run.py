@@ -187,7 +187,7 @@ def main() -> int:
             print(f"{name:<24} {columns} {1000 * max(part['slowest'] for part in found):>10.0f}", flush=True)
             failures = {kind: (message, edits) for part in found for kind, message, edits in part["failures"]}
             for kind, (message, edits) in failures.items():
-                print(f"  {message}\n  {keep(name, kind, edits)}", flush=True)
+                print(f"  {message[:300]}\n  {keep(name, kind, edits)}", flush=True)
             failed |= bool(failures)
     return int(failed)
 
