@@ -41,6 +41,7 @@ _SEEDS = 64
 _PART = 25_000  # inputs of a process
 _STUCK = 60  # seconds after which a process that its own timer could not stop is ended
 _MEMORY = 4 << 30  # bytes that inputs may take
+_SHOWN = 1_000  # characters of a message
 _REPORT, _CURRENT, _LOG = "report", "current", "log"
 
 
@@ -140,7 +141,7 @@ def fuzz_apart(name: str, number: int, part: int) -> dict[str, Any]:
             status = subprocess.run([sys.executable, __file__, *options, name], stdout=log, stderr=log).returncode
         if (directory / _REPORT).exists():
             return json.loads((directory / _REPORT).read_text())
-        end = (directory / _LOG).read_text(errors="replace")[-4000:]
+        end = (directory / _LOG).read_text(errors="replace")[-_SHOWN:]
         current = directory / _CURRENT
         failure = [f"process ended with {status}", end, current.read_text() if current.exists() else ""]
         return {"counts": {"failures": 1}, "slowest": 0.0, "failures": [failure]}
@@ -187,7 +188,7 @@ def main() -> int:
             print(f"{name:<24} {columns} {1000 * max(part['slowest'] for part in found):>10.0f}", flush=True)
             failures = {kind: (message, edits) for part in found for kind, message, edits in part["failures"]}
             for kind, (message, edits) in failures.items():
-                print(f"  {message[:300]}\n  {keep(name, kind, edits)}", flush=True)
+                print(f"  {message[:_SHOWN]}\n  {keep(name, kind, edits)}", flush=True)
             failed |= bool(failures)
     return int(failed)
 
