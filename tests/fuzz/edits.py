@@ -146,9 +146,10 @@ def write(files: Files, edits: list[Edit], directory: Path) -> None:
             contents[name] = contents[name][:begin] + new + contents[name][begin + length :]
         else:
             contents[name] = _edited(name, contents[name], operation, *rest)
+    for name in (*files, *contents):  # readers are given folders that exist
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name not in special:
             path.write_bytes(content)
         elif special[name][0] == "link":
