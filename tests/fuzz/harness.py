@@ -45,7 +45,7 @@ PACKAGE = Path(peft_quant.__file__).resolve().parent
 _PACKAGES = Path(torch.__file__).resolve().parents[1]
 SECONDS = 1.0
 """Processor time that an input may take."""
-_PATIENCE = 3.0  # seconds after which a call that waits is ended
+_PATIENCE = 10.0  # seconds after which a call that waits is ended
 
 _INSTALLED = (sys.prefix, sys.base_prefix, PACKAGE.parent, *filter(os.path.isabs, sys.path))
 _READABLE = tuple(

@@ -110,9 +110,8 @@ class TestRule:
     def test_processes_and_pickles(self):
         assert self.broken(lambda folder: os.system("true")).startswith("os.system")
 
-    def test_time(self, monkeypatch):
+    def test_work_that_takes_long(self, monkeypatch):
         monkeypatch.setattr(harness, "SECONDS", 0.01)
-        monkeypatch.setattr(harness, "_PATIENCE", 0.05)
 
         def work(folder):
             begin = time.process_time()
@@ -120,6 +119,9 @@ class TestRule:
                 pass
 
         assert self.broken(work) == "slow"
+
+    def test_waiting(self, monkeypatch):
+        monkeypatch.setattr(harness, "_PATIENCE", 0.05)
         waiting = [["fifo", "a.json"]]
         assert self.broken(lambda folder: (folder / "a.json").read_bytes(), waiting).startswith("hang")
 
