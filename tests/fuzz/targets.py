@@ -77,10 +77,15 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, default=list).encode()
 
 
+def _content(file: Path) -> bytes:
+    """The content of a file that the target itself reads; empty if it is anything else than a file."""
+    return file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+
+
 def _value(file: Path) -> dict[str, Any]:
     """The mapping in a file that only carries a value to the target; empty if the file is damaged."""
     try:
-        value = json.loads(file.read_bytes()) if file.is_file() and not file.is_symlink() else {}
+        value = json.loads(_content(file))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -430,12 +435,8 @@ def _sign(directory: Path) -> None:
     """Set the digests of shards to those of the files, as whoever changes a shard on purpose would."""
     manifest, shard = directory / "teacher.json", directory / "shard-00000.safetensors"
     old, new = (hashlib.sha256(content).hexdigest() for content in (_teacher()[shard.name], _content(shard)))
-    if manifest.is_file():
-        manifest.write_bytes(_content(manifest).replace(old.encode(), new.encode()))
-
-
-def _content(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else b""
+    if content := _content(manifest):
+        manifest.write_bytes(content.replace(old.encode(), new.encode()))
 
 
 @target(_teacher)
