@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MATRIX = $(addprefix tests/,matrix families tuners gptq qft export trainers integration test_registry.py)
 
-.PHONY: bench demo docs sanitize test test-conformance test-ecosystem test-matrix lint format clean
+.PHONY: bench demo docs fuzz sanitize test test-conformance test-ecosystem test-matrix lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo_assets.py
@@ -26,6 +26,11 @@ test: lint
 # the kernels under compute-sanitizer; needs a GPU
 sanitize: $(VENV)/.ready
 	$(BIN)/python tests/ops/sanitize.py
+
+# every reader of other people's files, guided by coverage where there is a wheel of atheris
+fuzz: $(VENV)/.ready .cache/pins.txt
+	-$(BIN)/pip install -q -c .cache/pins.txt --only-binary atheris --no-build-isolation -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py --inputs 100000
 
 # PEFT's own tests, from its source distribution, on our methods
 test-conformance: .venv-conformance/.ready

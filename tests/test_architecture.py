@@ -18,7 +18,7 @@ ROOT = Path(peft_quant.__file__).parent
 # a module imports from its own room and from floors below it
 FLOORS = (
     {"compat", "deprecated", "docstrings", "files", "first_step", "module_names", "patterns", "reading", "tables"},
-    {"adapter_files", "optimizer_steps", "registry"},
+    {"adapter_files", "model_config", "optimizer_steps", "registry"},
     {"ops"},
     {"gptq"},
     {"evaluation", "inspection", "qft", "tuners"},

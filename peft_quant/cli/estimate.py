@@ -72,9 +72,10 @@ def estimate(
         say("--card is now --gpu-memory; --card goes with the next release", error=True)
         gpu_memory = card
     prepare()
-    from ..estimate import KINDS, Estimate, read_config
+    from ..estimate import KINDS, Estimate
+    from ..model_config import read_model_config
 
-    model_config = read_config(model)
+    model_config = read_model_config(model)
     columns: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(chosen.value for chosen in method):
         counted = Estimate(

@@ -7,8 +7,9 @@ import os
 from collections.abc import Hashable
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from ..model_config import read_model_config
 from .count import AFTER_BACKWARD, KINDS, Amounts, total_bytes
 from .report import MemoryReport, make_report, precisions
 from .subject import METHODS, OPTIMIZERS, planned_subject, text_batch
@@ -69,6 +70,7 @@ def estimate_memory(
     Raises:
         ValueError: an unknown method or optimizer, a number out of range, or a model that cannot be counted: it is not
             a causal language model of transformers, or stores its experts in one tensor.
+        InvalidFileError: the config is damaged, or transformers cannot use it.
         OSError: the config was not found.
     """
     estimate = Estimate(
@@ -113,11 +115,16 @@ class Estimate:
         packed = _gptq_config(model)
         bits = packed.get("bits", _BITS) if bits is None else bits
         group_size = packed.get("group_size", _GROUP_SIZE) if group_size is None else group_size
+        depth: Any = getattr(model, "num_hidden_layers", None)
+        for name, number in (("bits", bits), ("group_size", group_size), ("num_hidden_layers", depth)):
+            if not isinstance(number, int):
+                raise ValueError(f"{name}={number!r}, which has to be an integer: mend the config.")
+        _require_positive("num_hidden_layers", depth)
         self.bits = {"peqa": bits, "lrec": bits, "lora": 16, "qlora": 4}.get(method, 8)
         self.group_size = group_size if method in ("peqa", "lrec") else None
         self._method, self._optimizer, self._sequence = method, optimizer, sequence
         model.quantization_config = None
-        depth, period = model.num_hidden_layers, _period(model)
+        period = _period(model)
         shallow = 4 * period + depth % period
         depths = (shallow, shallow + period) if shallow + period < depth else (depth,)
         self._further = (depth - depths[0]) // period
@@ -198,20 +205,10 @@ def _require_positive(name: str, number: int) -> None:
         raise ValueError(f"{name}={number}: use a positive number.")
 
 
-def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
-    """Read a model's config from a `config.json`, a directory with one, or the Hub, without downloading weights.
-
-    Raises:
-        OSError: the config was not found.
-        ValueError: transformers does not know the model type.
-    """
-    return AutoConfig.from_pretrained(os.fspath(source))
-
-
 def _text_config(config: PretrainedConfig | str | os.PathLike[str]) -> PretrainedConfig:
     """A copy of the text model's config, with the quantization config."""
     if not isinstance(config, PretrainedConfig):
-        config = read_config(config)
+        config = read_model_config(config)
     text = copy.deepcopy(config.get_text_config())
     if getattr(text, "quantization_config", None) is None:
         text.quantization_config = copy.deepcopy(getattr(config, "quantization_config", None))

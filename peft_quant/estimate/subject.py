@@ -219,12 +219,14 @@ def enable_checkpointing(model: Any, gpu: AsOnAGpu) -> None:
 def _float_model(config: PretrainedConfig) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):  # that message lists all known classes
-            raise
-        raise ValueError(
-            f"transformers has no causal language model for a {type(config).__name__}; only these can be estimated."
-        ) from error
+    except Exception as error:  # of any kind, from the model's class
+        kind = type(config).__name__
+        if "Unrecognized configuration class" in str(error):  # that message lists all known classes
+            raise ValueError(
+                f"transformers has no causal language model for a {kind}; only these can be estimated."
+            ) from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # without PyTorch's stack
+        raise ValueError(f"transformers cannot make a model of this {kind} ({reason}): mend the config.") from error
 
 
 def _check(model: nn.Module, blocks: list[nn.Module], expected: int) -> None:

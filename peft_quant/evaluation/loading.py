@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 from ..gptq.checkpoint import LEGACY_CONFIG
 from ..gptq.source import require_whole
+from ..model_config import read_model_config
+from ..reading import read_json
 
 
 def load_model(
@@ -62,19 +64,26 @@ def adapter_base(name: str | os.PathLike[str]) -> str | None:
     """The base that an adapter names; None if `name` is no adapter.
 
     Raises:
+        InvalidFileError: its `adapter_config.json` is damaged.
         ValueError: the adapter names none.
     """
-    if Path(name, "config.json").is_file() or find_adapter_config_file(os.fspath(name)) is None:
+    file = None if Path(name, "config.json").is_file() else find_adapter_config_file(os.fspath(name))
+    if file is None:
         return None
-    base = PeftConfig.from_pretrained(os.fspath(name)).base_model_name_or_path
-    if not base:
+    base = read_json(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{name} does not name its base: set base_model_name_or_path in its adapter_config.json.")
     return base
 
 
 def quantization_of(name: str | os.PathLike[str]) -> str | None:
-    """The `quant_method` of a checkpoint, from its config; None if it is not quantized."""
-    config = getattr(AutoConfig.from_pretrained(os.fspath(name)), "quantization_config", None) or {}
+    """The `quant_method` of a checkpoint, from its config; None if it is not quantized.
+
+    Raises:
+        InvalidFileError: the config is damaged, or transformers cannot use it.
+        OSError: there is no config.
+    """
+    config = getattr(read_model_config(name), "quantization_config", None) or {}
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
     if method is None and _has_legacy_config(name):
         return "gptq"

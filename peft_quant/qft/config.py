@@ -32,6 +32,7 @@ class QFTConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a file may have a key of this name
         outlier_ratio: float = 0.01,
         embeddings: bool = False,
         modules_to_not_convert: list[str] | None = None,

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from peft_quant import Int8Weight, LRECConfig, PEQAConfig, QuantizedLion, estimate_memory
-from peft_quant.estimate import METHODS, Estimate, read_config
+from peft_quant.estimate import METHODS, Estimate
 from peft_quant.estimate.subject import planned_subject
 from peft_quant.gptq import is_packed
+from peft_quant.model_config import read_model_config
 
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
@@ -227,7 +228,7 @@ def test_rows_add_up():
 def test_bits_and_groups_are_those_of_the_config(checkpoint):
     estimate = Estimate(checkpoint, "peqa", sequence=12)
     assert (estimate.bits, estimate.group_size) == (4, 32)
-    other = Estimate(read_config(checkpoint), "peqa", bits=8, group_size=-1, sequence=12)
+    other = Estimate(read_model_config(checkpoint), "peqa", bits=8, group_size=-1, sequence=12)
     assert (other.bits, other.group_size) == (8, -1)
     plain = Estimate(tiny_config(), "lrec", sequence=12)
     assert (plain.bits, plain.group_size) == (4, 128)
@@ -235,7 +236,7 @@ def test_bits_and_groups_are_those_of_the_config(checkpoint):
 
 
 def test_the_config_stays_as_it_is(checkpoint):
-    config = read_config(checkpoint)
+    config = read_model_config(checkpoint)
     before = config.to_dict()
     estimate_memory(config, "lrec", sequence=12)
     assert config.to_dict() == before
@@ -254,6 +255,17 @@ def test_the_config_stays_as_it_is(checkpoint):
         (tiny_config(intermediate_size=100), {}, "100 out-features: GPTQ packs multiples of 32"),
         (deep(MixtralConfig, 2), {}, "MixtralForCausalLM holds .* as one tensor of 3 dimensions"),
         (T5Config(), {}, "no causal language model for a T5Config"),
+        (
+            tiny_config(vocab_size=10**30),
+            {},
+            "transformers cannot make a model of this LlamaConfig .*: mend the config",
+        ),
+        (tiny_config(num_hidden_layers=0), {}, "num_hidden_layers=0: use a positive number"),
+        (
+            tiny_config(quantization_config={"quant_method": "gptq", "bits": "4"}),
+            {},
+            "bits='4', which has to be an integer",
+        ),
     ),
 )
 def test_refuses(config, options, message):
