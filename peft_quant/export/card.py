@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..files import new_file
 from ..gptq.checkpoint import quantization_config, read_tensors
 from ..inspection.engines import Packing, engine_verdicts
-from ..reading import InvalidFileError, parse_json, read_front_matter, read_json
+from ..reading import InvalidFileError, parse_json, read_front_matter, read_json, regular_file
 
 
 README = "README.md"
@@ -454,7 +454,8 @@ def _kind(directory: Path, config: Mapping[str, Any], method: str | None, export
 
 
 def _weight_files(place: Path) -> list[Path]:
-    return sorted(file for pattern in ("*.safetensors", "adapter_model.bin") for file in place.glob(pattern))
+    found = (file for pattern in ("*.safetensors", "adapter_model.bin") for file in place.glob(pattern))
+    return sorted(map(regular_file, found))
 
 
 def _digest(place: Path, samples: int = 64, size: int = 4096) -> str | None:
@@ -568,6 +569,19 @@ def _is_publishable_tag(tag: str) -> bool:
     return prefix != "base_model" or _is_hub_id(name.rpartition(":")[2])
 
 
+@cache
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("peft_quant", "hub_cards"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+
+
 def _render(
     kind: str,
     config: Mapping[str, Any],
@@ -576,34 +590,29 @@ def _render(
     facts: Mapping[str, Any],
     subfolder: str,
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("peft_quant", "hub_cards"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
     quantization = facts.get("base_quantization", {})
     bits = quantization.get("bits")
     texts = dict.fromkeys(
         text for row in ({"": facts.get("perplexity", {})} | facts.get("compared_with", {})).values() for text in row
     )
-    text = environment.get_template(f"{kind}.md").render(
-        config=config,
-        base=base,
-        base_path=base.hub_id or "path/to/the/base",
-        repository=facts.get("repository", "this/repository"),
-        subfolder="" if subfolder == "." else subfolder,
-        auto_class=f"AutoModelFor{_TASKS[task][1]}" if task else "AutoModel",
-        bits=bits[0] if isinstance(bits, list) else bits,
-        quantization=_only(_FORMAT, quantization),
-        engines=_engines(quantization),
-        compared_with=facts.get("compared_with", {}),
-        texts=list(texts),
-        versions=package_versions(),
-        **{name: facts.get(name) for name in ("settings", "command", "log", "perplexity", "trained", "export")},
+    text = (
+        _templates()
+        .get_template(f"{kind}.md")
+        .render(
+            config=config,
+            base=base,
+            base_path=base.hub_id or "path/to/the/base",
+            repository=facts.get("repository", "this/repository"),
+            subfolder="" if subfolder == "." else subfolder,
+            auto_class=f"AutoModelFor{_TASKS[task][1]}" if task else "AutoModel",
+            bits=bits[0] if isinstance(bits, list) else bits,
+            quantization=_only(_FORMAT, quantization),
+            engines=_engines(quantization),
+            compared_with=facts.get("compared_with", {}),
+            texts=list(texts),
+            versions=package_versions(),
+            **{name: facts.get(name) for name in ("settings", "command", "log", "perplexity", "trained", "export")},
+        )
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

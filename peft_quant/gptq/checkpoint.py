@@ -25,6 +25,7 @@ LEGACY_CONFIG = "quantize_config.json"
 
 _HEADER_LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # of the format, in bytes
+_LONGEST_NAME = 255  # of a file, in bytes
 _MOST_DIMENSIONS = 64  # of PyTorch
 _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _DTYPES = {
@@ -295,7 +296,7 @@ def read_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
 def _weight_files(directory: Path, config: dict[str, Any]) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files that `from_pretrained` reads, and the index of their tensors, if there is one."""
     named = config.get("transformers_weights") or SAFE_WEIGHTS_NAME
-    if not isinstance(named, str) or Path(named).name != named:
+    if not isinstance(named, str) or not _is_name(named):
         raise InvalidCheckpointError(
             f"{directory / 'config.json'} has transformers_weights={named!r}, which is not in its folder: name a file "
             "there."
@@ -312,12 +313,17 @@ def _weight_files(directory: Path, config: dict[str, Any]) -> tuple[list[Path], 
     files = []
     for name in sorted(set(index.values())):
         file = directory / name
-        if Path(name).name != name or not file.is_file():
+        if not _is_name(name) or not file.is_file():
             raise InvalidCheckpointError(
                 f"{index_file} names the shard {name!r}, which {directory} does not have: download it again."
             )
         files.append(file)
     return files, index
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file in a folder may have this name."""
+    return Path(name).name == name and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def _no_weights(directory: Path) -> str:

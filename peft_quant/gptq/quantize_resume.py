@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import new_directory, new_file
-from ..reading import InvalidFileError, read_json
+from ..reading import InvalidFileError, read_json, regular_file
 from ..registry import replace_gptq_solver
 from .fingerprint import update_with_samples
 
@@ -88,12 +88,16 @@ class FinishedLayers:
             )
 
     def load(self, name: str) -> Layer | None:
-        """Load a layer to the CPU; None if there is no undamaged file of it."""
+        """Load a layer to the CPU; None if there is no undamaged file of it.
+
+        Raises:
+            InvalidFileError: there is something else than a regular file in its place.
+        """
         file = self.directory / f"{name}{_LAYER}"
         if not file.exists():
             return None
         try:
-            with safe_open(file, framework="pt") as stored:
+            with safe_open(regular_file(file), framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
                 metadata = stored.metadata() or {}
         except SafetensorError:
