@@ -85,6 +85,13 @@ class TestLinks:
             assert (ROOT / name).exists(), name
 
 
+    def test_tests_that_are_named_exist(self):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
+        assert named
+        for file, name in named:
+            assert re.search(rf"\b(?:class|def) {name}\b", (ROOT / file).read_text(encoding="utf-8")), name
+
+
 class TestContributing:
     TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
