@@ -29,7 +29,7 @@ class InvalidFileError(ValueError):
 def regular_file(file: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> Path:
     """Check that a file may be read: opening it does not block, and its content is the folder's.
 
-    A link may lead to a file of the folder or, as in the Hub's cache, to one of the `blobs` of the same repository.
+    A link may lead to a file of the folder or, from a snapshot in the Hub's cache, to the cache's `blobs`.
 
     Args:
         file: the file.
@@ -190,8 +190,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """The folder of the Hub's cache that has a snapshot's content, if the given folder is part of a snapshot."""
+    """The folders of the Hub's cache with a snapshot's content, if the given folder is part of a snapshot.
+
+    They are the repository's own and, for content that Xet stores, one that all repositories share.
+    """
     for place in (folder, *folder.parents):
-        if place.parent.name == "snapshots":
-            return [place.parent.parent / "blobs"]
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return [repository / "blobs", repository.parent / "blobs"]
     return []

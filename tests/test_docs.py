@@ -84,7 +84,6 @@ class TestLinks:
         for name in re.findall(r"\b((?:benchmarks|examples|hub_cards|tests|docs)/[\w/]+\.\w+)", text):
             assert (ROOT / name).exists(), name
 
-
     def test_tests_that_are_named_exist(self):
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
         assert named

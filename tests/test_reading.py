@@ -68,6 +68,15 @@ class TestLinks:
         assert read_json(config) == read_json(deep) == {}
         assert regular_files(config.parent) == [config, deep]
 
+    def test_in_what_the_repositories_of_the_cache_share(self, tmp_path):
+        config, _ = snapshot(tmp_path)
+        shared = config.parents[3] / "blobs" / "02" / "02ab"
+        shared.parent.mkdir(parents=True)
+        config.resolve().rename(shared)
+        config.unlink()
+        config.symlink_to("../../../blobs/02/02ab")
+        assert read_json(config) == {}
+
     def test_out_of_the_cache_of_the_hub(self, tmp_path):
         config, deep = snapshot(tmp_path)
         (tmp_path / "secret").write_text("{}")
