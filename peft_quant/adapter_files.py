@@ -112,12 +112,13 @@ def is_ours(content: Mapping[str, Any]) -> bool:
     return content.get("peft_type") in _METHODS or "base_quantization" in content or "peft_quant_version" in content
 
 
-def check_adapter_config(file: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def check_adapter_config(file: str | os.PathLike[str], content: Mapping[str, Any], *, ours: bool) -> None:
     """Check the types and sizes of the options of an adapter of PEQA, LREC or LoRA. Unknown options are ignored.
 
     Args:
         file: the `adapter_config.json`.
         content: its content.
+        ours: whether it has to be an adapter of PEQA or LREC.
 
     Raises:
         InvalidFileError: naming the file, the option and its value.
@@ -128,7 +129,7 @@ def check_adapter_config(file: str | os.PathLike[str], content: Mapping[str, Any
             continue
         if not is_valid(value):
             raise InvalidFileError(_changed(file, f"{name}={value!r:.200}, which is not {kind}"))
-    if is_ours(content) and content.get("peft_type") not in _METHODS:
+    if ours and content.get("peft_type") not in _METHODS:
         raise InvalidFileError(_changed(file, f"peft_type={content.get('peft_type')!r}, which is not PEQA or LREC"))
 
 

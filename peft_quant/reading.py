@@ -12,7 +12,8 @@ import yaml
 
 
 _LONGEST_TEXT = 100_000_000  # bytes
-_LONGEST_YAML = 200_000  # characters, which take a second
+_LONGEST_YAML = 100_000  # characters, which take half a second
+_DEEPEST = 100
 _MOST_FILES = 100_000
 _DOWNLOAD, _MEND = "it is damaged, download it again", "mend it"
 _FENCE = "---"  # around the metadata of a Markdown file
@@ -133,11 +134,37 @@ def parse_json(text: str, source: str, way_out: str = _DOWNLOAD) -> dict[str, An
         raise InvalidFileError(f"{source} is not JSON ({error}): {way_out}.") from error
     if not isinstance(content, dict):
         raise InvalidFileError(f"{source} holds a {type(content).__name__}, not a mapping: {way_out}.")
+    require_plain(content, source, way_out)
     return content
 
 
+def require_plain(content: Any, source: str, way_out: str = _DOWNLOAD) -> None:
+    """Check that what was parsed from a file can be copied and written again.
+
+    Raises:
+        InvalidFileError: it is nested more than 100 deep, or holds text that UTF-8 cannot encode.
+    """
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise InvalidFileError(f"{source} is nested more than {_DEEPEST} deep: {way_out}.")
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += (*value.keys(), *value.values())
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    raise InvalidFileError(f"{source} has text that is not Unicode ({error}): {way_out}.") from error
+        level = inner
+
+
 def parse_yaml(text: str, source: str, way_out: str = _MEND) -> Any:
-    """The content of a YAML text of up to 200,000 characters. Aliases, which can multiply it, are refused.
+    """The content of a YAML text of up to 100,000 characters. Aliases, which can multiply it, are refused.
 
     Args:
         text: the text.
@@ -151,9 +178,11 @@ def parse_yaml(text: str, source: str, way_out: str = _MEND) -> Any:
             f"{source} has {len(text)} characters of YAML, {_LONGEST_YAML} are read at most: {way_out}."
         )
     try:
-        return yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidFileError(f"{source} is not YAML ({' '.join(str(error).split())}): {way_out}.") from error
+    require_plain(content, source, way_out)
+    return content
 
 
 def read_front_matter(file: str | os.PathLike[str], way_out: str = _DOWNLOAD) -> tuple[dict[str, Any], str]:

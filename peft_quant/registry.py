@@ -178,19 +178,19 @@ def check_adapters(check: AdapterCheck) -> None:
     wrap_method(PreTrainedModel, "load_adapter", load_into_model)
 
 
-def read_adapter_configs(read: Callable[[Callable[[str], Any], str], Any]) -> None:
+def read_adapter_configs(read: Callable[[Callable[[str], Any], type[PeftConfig], str], Any]) -> None:
     """Let PEFT read each `adapter_config.json` through a function. Idempotent.
 
     Args:
-        read: called as `read(stock, file)`, where `stock(file)` returns the content as PEFT reads it.
+        read: called as `read(stock, config_class, file)`, where `stock(file)` returns the content as PEFT reads it.
     """
     stock = PeftConfigMixin.from_json_file
     if hasattr(stock, _WRAPPERS):
         return
 
     @wraps(stock)
-    def from_json_file(cls: type[PeftConfigMixin], path_json_file: str, **kwargs: Any) -> Any:
-        return read(stock, path_json_file)
+    def from_json_file(cls: type[PeftConfig], path_json_file: str, **kwargs: Any) -> Any:
+        return read(stock, cls, path_json_file)
 
     setattr(from_json_file, _WRAPPERS, (read.__qualname__,))
     PeftConfigMixin.from_json_file = classmethod(from_json_file)

@@ -424,7 +424,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _config_file(directory: Path) -> Path:
     """The configuration of the card's model. PEFT saves a named adapter's one directory deeper."""
     candidates = [directory / "adapter_config.json", directory / "config.json"]
-    candidates += sorted(directory.glob("*/adapter_config.json"))
+    inner = sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink())
+    candidates += [entry / "adapter_config.json" for entry in inner]
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(

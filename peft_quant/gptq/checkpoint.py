@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..reading import read_json, regular_file, regular_files
+from ..reading import read_json, regular_file, regular_files, require_plain
 from .check import InvalidCheckpointError, PackedTensors
 
 
@@ -367,6 +367,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata that are not text")
+        require_plain(entries, str(file))
         tensors = {name: _locate(file, start, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).") from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..adapter_files import check_adapter_config, check_adapter_dtypes
+from ..adapter_files import check_adapter_config, check_adapter_dtypes, is_ours
 from ..gptq.base_record import Layers, describe_checkpoint, difference, stored_layers
 from ..gptq.checkpoint import Checkpoint, read_tensors
 from ..gptq.names import StoredNames
@@ -263,7 +263,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is a {method} adapter: only PEQA, LREC and LoRA adapters can be inspected.")
     if config.get("use_dora"):
         raise ValueError(f"{directory} is a DoRA adapter, whose changes are not the products of its two matrices.")
-    check_adapter_config(file, config)
+    check_adapter_config(file, config, ours=is_ours(config))
     return config
 
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from ..adapter_files import check_adapter_config, check_adapter_dtypes, is_ours
 from ..gptq.checkpoint import read_tensors
 from ..gptq.source import Source
 from ..module_names import LOW_RANK, PEFT_PREFIX, SCALE_DELTAS, split_adapter_key
-from ..reading import InvalidFileError, read_json, regular_file
+from ..reading import InvalidFileError, read_json, regular_file, require_plain
 from ..registry import check_adapters, read_adapter_configs
 from .layer import check_finite
 from .model import PackedTuner
@@ -48,7 +48,7 @@ def load_config(adapter: str | os.PathLike[str], **hub_options: Any) -> PeftConf
         ValueError: there is none.
     """
     file = Path(adapter, hub_options.get("subfolder") or "", CONFIG_NAME)
-    if os.path.lexists(file):
+    if os.path.lexists(file):  # PEFT takes a link to no regular file for a name on the Hub
         regular_file(file)
     try:
         config = PeftConfig.from_pretrained(os.fspath(adapter), **hub_options)
@@ -165,16 +165,19 @@ def _equals_base(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
     return torch.equal(saved.to(stored.dtype), stored) or torch.equal(saved, stored.to(saved.dtype))
 
 
-def _read_config(stock: Callable[[str], Any], file: str) -> Any:
+def _read_config(stock: Callable[[str], Any], config_class: type[PeftConfig], file: str) -> Any:
     """Read an `adapter_config.json` as PEFT does, and check it if it is of an adapter of this package."""
+    regular_file(file)
     try:
         content = stock(file)
-        if not is_ours(content):
+        ours = is_ours(content) or issubclass(config_class, tuple(map(PEFT_TYPE_TO_CONFIG_MAPPING.get, _PARAMETERS)))
+        if not ours:
             return content
     except (ValueError, TypeError, AttributeError, RecursionError):
         read_json(file)  # names what is wrong with the file
         raise
-    check_adapter_config(regular_file(file), content)
+    require_plain(content, file)
+    check_adapter_config(file, content, ours=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT makes it again, and warns then
@@ -195,7 +198,7 @@ def _check_saved(
         config: Any = PeftConfig.from_pretrained(path, **hub_options)
     except InvalidFileError:
         raise
-    except ValueError:  # no adapter_config.json, which PEFT does not need if it is given a configuration
+    except (ValueError, TypeError, KeyError):  # none that PEFT can read, or needs if it is given a configuration
         config = given
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None), object), PackedTuner):
         return

@@ -266,7 +266,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     for position in (_READS | _WRITES).get(event, ()):
         if not isinstance(arguments[position], (str, bytes)):  # a file descriptor
             continue
-        path = f"{os.path.realpath(os.fsdecode(arguments[position]))}{os.sep}"
+        parent, name = os.path.split(os.fsdecode(arguments[position]).rstrip(os.sep))
+        path = os.path.realpath(parent or os.curdir) + os.sep + name  # of a link itself, if that is written
+        path = f"{path if event in _WRITES else os.path.realpath(path)}{os.sep}"
         if not path.startswith(allowed) and "__pycache__" not in path:
             seen.append((f"{'write' if writes else 'read'} outside of the directory", f"{event} {path}"))
             raise _EndedError(*seen[-1])

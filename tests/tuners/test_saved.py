@@ -317,11 +317,20 @@ class TestDamagedFiles:
             PeftModel.from_pretrained(load(base), adapter, config=type(METHODS[method])(**GIVEN[method]))
 
     def test_other_methods_are_left_to_peft(self, tmp_path):
-        (tmp_path / "elsewhere").write_text('{"peft_type": "LORA", "r": 2, "modules_to_save": null, "unknown": [5]}')
         (tmp_path / "adapter").mkdir()
-        (tmp_path / "adapter" / "adapter_config.json").symlink_to(tmp_path / "elsewhere")
+        content = '{"peft_type": "LORA", "r": 2, "modules_to_save": null, "unknown": [5]}'
+        (tmp_path / "adapter" / "linked").write_text(content)
+        (tmp_path / "adapter" / "adapter_config.json").symlink_to("linked")
         with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
             assert PeftConfig.from_pretrained(tmp_path / "adapter").r == 2
+
+    def test_links_out_of_an_adapter_of_any_method(self, tmp_path):
+        """What the method is stands in the file that must not be read."""
+        (tmp_path / "elsewhere").write_text('{"peft_type": "LORA", "r": 2}')
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(InvalidFileError, match="outside of"):
+            PeftConfig.from_pretrained(tmp_path / "adapter")
 
     @pytest.mark.parametrize("length", (0, 7, 100, -1))
     def test_truncated_weights(self, base, adapter, method, length):

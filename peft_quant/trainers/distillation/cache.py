@@ -337,7 +337,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         )
     for name, types in _ENTRIES.items():
         value = manifest.get(name)
-        if not isinstance(value, types) or isinstance(value, bool):
+        if name not in manifest or not isinstance(value, types) or isinstance(value, bool):
             raise InvalidFileError(f"{path} has {name}={value!r:.200}: {_remake(directory)}")
     if not 1 <= manifest["k"] <= manifest["vocab_size"]:
         raise InvalidFileError(
