@@ -117,7 +117,7 @@ class CheckpointInspection:
         if self.sizes:
             total = sum(self.sizes.values())
             sizes = [("tensors", "MB", "share")]
-            sizes += [(part, f"{size / 1e6:,.1f}", f"{size / total:.1%}") for part, size in self.sizes.items()]
+            sizes += [(part, f"{size / 1e6:,.1f}", f"{size / max(total, 1):.1%}") for part, size in self.sizes.items()]
             sizes.append(("all", f"{total / 1e6:,.1f}", ""))
             parts.append(text_table(sizes) + f"\n{format_number(self.bits_per_weight, '.2f')} bits a packed weight")
         if self.layers:
