@@ -104,6 +104,10 @@ _CHECKS: Mapping[str, _Check] = {
     "use_dora": _FLAG,
     "use_rslora": _FLAG,
 }
+_OTHER: _Check = (
+    f"a single value or has at most {_MOST_PATTERNS} entries",
+    lambda value: not isinstance(value, (dict, list)) or len(value) <= _MOST_PATTERNS,
+)
 _NOT_NULL = ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "rank_pattern", "alpha_pattern")
 
 
@@ -113,7 +117,9 @@ def is_ours(content: Mapping[str, Any]) -> bool:
 
 
 def check_adapter_config(file: str | os.PathLike[str], content: Mapping[str, Any], *, ours: bool) -> None:
-    """Check the types and sizes of the options of an adapter of PEQA, LREC or LoRA. Unknown options are ignored.
+    """Check the types and sizes of the options of an adapter of PEQA, LREC or LoRA.
+
+    Of options that are not known here, only the size is checked.
 
     Args:
         file: the `adapter_config.json`.
@@ -123,7 +129,8 @@ def check_adapter_config(file: str | os.PathLike[str], content: Mapping[str, Any
     Raises:
         InvalidFileError: naming the file, the option and its value.
     """
-    for name, (kind, is_valid) in _CHECKS.items():
+    for name in {**_CHECKS, **content}:
+        kind, is_valid = _CHECKS.get(name, _OTHER)
         value = content.get(name)
         if value is None and (name not in _NOT_NULL or name not in content):
             continue

@@ -364,10 +364,10 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         header = stream.read(length)
     try:
         entries = json.loads(header.decode(), object_pairs_hook=_without_repeats)
+        require_plain(entries, str(file))
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata that are not text")
-        require_plain(entries, str(file))
         tensors = {name: _locate(file, start, entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{file} is not a safetensors file or is truncated ({size} bytes).") from error

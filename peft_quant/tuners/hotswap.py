@@ -40,6 +40,7 @@ def hotswap_adapter(
 
     Raises:
         InvalidFileError: a file of the new adapter is damaged.
+        RuntimeError: PEFT found other tensors in an LREC adapter than in the loaded one.
         ValueError: there is no such adapter or it is merged; the adapters differ in base model, targets or options; or
             the new one holds NaN. The model is then unchanged.
     """

@@ -369,7 +369,7 @@ def hotswapped_peqa(directory: Path) -> None:
     hotswap_adapter(_small_peqa()[0], str(directory), "default", "cpu")
 
 
-@target(lambda: _small_lrec()[1], foreign=_PEFT)
+@target(lambda: _small_lrec()[1], foreign=(*_PEFT, RuntimeError))
 def hotswapped_lrec(directory: Path) -> None:
     hotswap_adapter(_small_lrec()[0], str(directory), "default", "cpu")
 
